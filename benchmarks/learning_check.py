@@ -1,0 +1,156 @@
+"""Does it learn? Every arm on Krull, judged against the random and the best constant policy.
+
+    python benchmarks/learning_check.py train a2c_proper a2c_naive    what is missing of these arms
+    python benchmarks/learning_check.py report                        judge, copy, draw: results/krull
+
+Each arm and seed is a run of its script as a user starts it, resumed if it was cut off, in
+runs/krull. An arm passes if on every seed the final evaluation (20 full games, true scores) is at
+least 1.4 times the mean score of the random policy and above that of the best constant action.
+Both are measured with the evaluation of a2c_proper.py. Needs the extra "plot" to draw.
+"""
+import csv
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import a2c_proper  # noqa: E402
+
+GAME, MARGIN = "ALE/Krull-v5", 1.4
+RUNS, RESULTS = ROOT / "runs" / "krull", ROOT / "results" / "krull"
+
+
+@dataclasses.dataclass
+class Arm:
+    script: str
+    steps: int
+    seeds: int
+    flags: tuple = ()
+
+
+ARMS = {
+    "a2c_proper": Arm("a2c_proper.py", 300_000, 3),
+    "a2c_naive": Arm("a2c_naive.py", 300_000, 3),
+}
+
+
+def finished(folder, steps):
+    """Whether the run in a folder has evaluated at its last step."""
+    rows = list(csv.DictReader(open(folder / "eval.csv"))) if (folder / "eval.csv").exists() else []
+    return bool(rows) and int(rows[-1]["step"]) >= steps
+
+
+def train(names):
+    """Starts or resumes every run of the named arms that is not finished, one after the other."""
+    for name in names:
+        arm = ARMS[name]
+        for seed in range(1, arm.seeds + 1):
+            runs = RUNS / name / f"seed{seed}"
+            old = sorted(runs.glob("*/checkpoint.pt"))
+            if old and finished(old[-1].parent, arm.steps):
+                continue
+            command = [sys.executable, arm.script]
+            if old:
+                command += ["--resume", str(old[-1].parent.relative_to(ROOT))]
+            else:
+                command += ["--env-id", GAME, "--total-timesteps", str(arm.steps), "--seed", str(seed),
+                            "--eval-every", "50000", "--runs-dir", str(runs.relative_to(ROOT)),
+                            *arm.flags]
+            print("+", *command, flush=True)
+            subprocess.run(command, cwd=ROOT, check=True)
+
+
+def baselines():
+    """Mean scores of the random policy and of every constant action, 20 full games each."""
+    args = a2c_proper.Args(env_id=GAME, seed=0)
+    envs = a2c_proper.Atari(args, 1)
+    cpu = torch.device("cpu")
+
+    def score(act):
+        games = a2c_proper.play_games(act, args, 0, cpu)
+        return sum(game[0] for game in games) / len(games)
+
+    def random(obs, generator):
+        return torch.randint(envs.n_actions, (len(obs),), generator=generator)
+
+    names = envs.envs.ale.get_action_set() if hasattr(envs.envs.ale, "get_action_set") else []
+    constant = [score(lambda obs, _, a=a: torch.full((len(obs),), a)) for a in range(envs.n_actions)]
+    best = max(range(envs.n_actions), key=constant.__getitem__)
+    return dict(game=GAME, episodes=args.eval_episodes, random=score(random), constant=constant,
+                best_constant=constant[best], best_action=str(names[best]) if names else best,
+                **a2c_proper.provenance(cpu, args))
+
+
+def report():
+    """Copies the runs' CSVs to results/krull, judges every arm and draws the curves."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "baselines.json"
+    if not path.exists():
+        path.write_text(json.dumps(baselines(), indent=1) + "\n")
+    for checkpoint in RUNS.glob("*/*/*/checkpoint.pt"):
+        arm, seed = checkpoint.parts[-4:-2]
+        if finished(checkpoint.parent, ARMS[arm].steps):
+            (RESULTS / arm / seed).mkdir(parents=True, exist_ok=True)
+            for file in [*checkpoint.parent.glob("*.csv"), *checkpoint.parent.glob("args*.json")]:
+                shutil.copy(file, RESULTS / arm / seed)
+    base = json.loads(path.read_text())
+    bar = max(MARGIN * base["random"], base["best_constant"])
+    rows, passed = [], True
+    for arm in ARMS:
+        finals = {}
+        for path in sorted(RESULTS.glob(f"{arm}/seed*/eval.csv")):
+            last = list(csv.DictReader(open(path)))[-1]
+            finals[path.parent.name[4:]] = float(last["score_mean"])
+        if finals:
+            above = all(score >= MARGIN * base["random"] and score > base["best_constant"]
+                        for score in finals.values()) and len(finals) == ARMS[arm].seeds
+            passed &= above
+            rows.append([arm, ARMS[arm].steps, *(f"{k}: {v:.0f}" for k, v in finals.items()),
+                         "pass" if above else "FAIL"])
+    with open(RESULTS / "summary.csv", "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+    print(f"random {base['random']:.0f}, best constant {base['best_constant']:.0f}, bar {bar:.0f}")
+    print(*("  ".join(map(str, row)) for row in rows), sep="\n")
+    draw(base)
+    return passed
+
+
+def draw(base):
+    """results/krull/curves.png: the evaluation score of every arm, mean over seeds and each seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for style, arm in zip(("-", "--", "-.", ":") * 4, [a for a in ARMS if (RESULTS / a).exists()]):
+        curves = []
+        for path in sorted(RESULTS.glob(f"{arm}/seed*/eval.csv")):
+            rows = list(csv.DictReader(open(path)))
+            curves.append([float(row["score_mean"]) for row in rows])
+            steps = [int(row["step"]) for row in rows]
+        mean = [sum(scores) / len(scores) for scores in zip(*curves)]
+        line, = axes.plot(steps[:len(mean)], mean, style, lw=2, label=f"{arm}, {len(curves)} seeds")
+        for scores in curves:
+            axes.plot(steps[:len(scores)], scores, style, lw=0.7, alpha=0.5, color=line.get_color())
+    axes.axhline(base["random"], color="0.5", ls=":", label="random policy")
+    axes.axhline(base["best_constant"], color="0.5", ls="--", label="best constant action")
+    axes.set(xlabel="agent steps (4 frames each)", ylabel="score, mean of 20 full games", title=GAME)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(RESULTS / "curves.png", dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        unknown = set(sys.argv[2:]) - set(ARMS)
+        sys.exit(f"unknown arms {unknown}; known: {', '.join(ARMS)}" if unknown else
+                 train(sys.argv[2:] or ARMS))
+    elif sys.argv[1:] == ["report"]:
+        sys.exit(0 if report() else "not every arm passed")
+    else:
+        sys.exit(__doc__)
