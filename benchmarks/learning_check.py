@@ -4,7 +4,7 @@
     python benchmarks/learning_check.py report                        judge, copy, draw: results/krull
 
 Each arm and seed is a run of its script as a user starts it, resumed if it was cut off, in
-runs/krull. An arm passes if on every seed the final evaluation (20 full games, true scores) is at
+runs/krull, on one thread: start one process per core. An arm passes if on every seed the final evaluation (20 full games, true scores) is at
 least 1.4 times the mean score of the random policy and above that of the best constant action.
 Both are measured with the evaluation of a2c_proper.py. Needs the extra "plot" to draw.
 """
@@ -60,7 +60,7 @@ def train(names):
                 command += ["--resume", str(old[-1].parent.relative_to(ROOT))]
             else:
                 command += ["--env-id", GAME, "--total-timesteps", str(arm.steps), "--seed", str(seed),
-                            "--eval-every", "50000", "--runs-dir", str(runs.relative_to(ROOT)),
+                            "--eval-every", "100000", "--threads", "1", "--runs-dir", str(runs.relative_to(ROOT)),
                             *arm.flags]
             print("+", *command, flush=True)
             subprocess.run(command, cwd=ROOT, check=True)
