@@ -1,12 +1,13 @@
 """Does it learn? Every arm on Krull, judged against the random and the best constant policy.
 
-    python benchmarks/learning_check.py train a2c_proper a2c_naive    what is missing of these arms
-    python benchmarks/learning_check.py report                        judge, copy, draw: results/krull
+    python benchmarks/learning_check.py train a2c_proper a2c_naive   # what is missing of these arms
+    python benchmarks/learning_check.py report                       # judge, copy, draw
 
 Each arm and seed is a run of its script as a user starts it, resumed if it was cut off, in
-runs/krull, on one thread: start one process per core. An arm passes if on every seed the final evaluation (20 full games, true scores) is at
-least 1.4 times the mean score of the random policy and above that of the best constant action.
-Both are measured with the evaluation of a2c_proper.py. Needs the extra "plot" to draw.
+runs/krull, on one thread: start one process per core. An arm passes if on every seed the final
+evaluation (20 full games, true scores) is at least 1.4 times the mean score of the random policy
+and above that of the best constant action, both measured with the evaluation of a2c_proper.py.
+The report goes to results/krull and needs the extra "plot".
 """
 import csv
 import dataclasses
@@ -59,9 +60,9 @@ def train(names):
             if old:
                 command += ["--resume", str(old[-1].parent.relative_to(ROOT))]
             else:
-                command += ["--env-id", GAME, "--total-timesteps", str(arm.steps), "--seed", str(seed),
-                            "--eval-every", "100000", "--threads", "1", "--runs-dir", str(runs.relative_to(ROOT)),
-                            *arm.flags]
+                command += ["--env-id", GAME, "--total-timesteps", str(arm.steps),
+                            "--seed", str(seed), "--eval-every", "100000", "--threads", "1",
+                            "--runs-dir", str(runs.relative_to(ROOT)), *arm.flags]
             print("+", *command, flush=True)
             subprocess.run(command, cwd=ROOT, check=True)
 
@@ -79,11 +80,14 @@ def baselines():
     def random(obs, generator):
         return torch.randint(envs.n_actions, (len(obs),), generator=generator)
 
-    names = envs.envs.ale.get_action_set() if hasattr(envs.envs.ale, "get_action_set") else []
-    constant = [score(lambda obs, _, a=a: torch.full((len(obs),), a)) for a in range(envs.n_actions)]
+    def always(a):
+        return lambda obs, generator: torch.full((len(obs),), a)
+
+    names = envs.envs.ale.get_action_set()
+    constant = [score(always(a)) for a in range(envs.n_actions)]
     best = max(range(envs.n_actions), key=constant.__getitem__)
     return dict(game=GAME, episodes=args.eval_episodes, random=score(random), constant=constant,
-                best_constant=constant[best], best_action=str(names[best]) if names else best,
+                best_constant=constant[best], best_action=names[best].name,
                 **a2c_proper.provenance(cpu, args))
 
 
@@ -122,7 +126,7 @@ def report():
 
 
 def draw(base):
-    """results/krull/curves.png: the evaluation score of every arm, mean over seeds and each seed."""
+    """results/krull/curves.png: evaluation scores of every arm, each seed and their mean."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -139,7 +143,7 @@ def draw(base):
             axes.plot(steps[:len(scores)], scores, style, lw=0.7, alpha=0.5, color=line.get_color())
     axes.axhline(base["random"], color="0.5", ls=":", label="random policy")
     axes.axhline(base["best_constant"], color="0.5", ls="--", label="best constant action")
-    axes.set(xlabel="agent steps (4 frames each)", ylabel="score, mean of 20 full games", title=GAME)
+    axes.set(xlabel="agent steps (4 frames each)", ylabel="mean of 20 full games", title=GAME)
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(RESULTS / "curves.png", dpi=120, metadata={"Software": None})

@@ -1,0 +1,33 @@
+import importlib
+
+import pytest
+import torch
+
+A2C = ("a2c_naive", "a2c_proper")
+SCRIPTS = A2C
+
+
+@pytest.fixture(params=A2C)
+def a2c(request):
+    """Each of the two A2C scripts in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Every script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def shared():
+    """One script, for what lies in shared blocks: these are the same, byte for byte, in all."""
+    return importlib.import_module("a2c_proper")
+
+
+@pytest.fixture
+def double():
+    """Float64 as the default, for checks against exact results."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
