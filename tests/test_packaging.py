@@ -1,4 +1,4 @@
-"""What people copy and install: one file needs five packages, and every list of them is the same."""
+"""What people copy and install: one file needs five packages, and every list of them agrees."""
 import ast
 import re
 import sys
@@ -12,7 +12,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 ALLOWED = {"torch", "gymnasium", "ale_py", "numpy", "tyro"}
 
 
@@ -41,7 +42,7 @@ def imported(node):
 
 
 def test_the_build_knows_every_script():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    listed = PYPROJECT["tool"]["setuptools"]["py-modules"]
     assert sorted(listed) == sorted(p.stem for p in ROOT.glob("*.py"))
 
 
