@@ -3,10 +3,10 @@
 Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
          arXiv:1704.06440, section 6.1, the arm "EntRL" of Figure 1. Equations 36, 52-54, 80, 84-86;
          52, 54 and 80 are misprinted in the text and stand here corrected.
-Train:   python a2c_proper.py --env-id ALE/Pong-v5
+Train:   python a2c_proper.py --env-id ALE/Pong-v5 --total-timesteps 10000000
 Resume:  python a2c_proper.py --resume runs/Pong__a2c_proper__seed1__20260101-120000
 Score:   python a2c_proper.py --evaluate runs/Pong__a2c_proper__seed1__20260101-120000
-Expect:  Pong 17 to 20 after 10M agent steps, from the published A2C scores (see README.md).
+Expect:  Pong 17 to 20 then, as published for A2C; README.md has what was measured with this file.
 
 Shapes:  T steps of N environments, A actions. s_t is a stack of 4 frames, 84 x 84, uint8.
 Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
@@ -58,7 +58,7 @@ def kl_divergence(log_pi, log_pi_bar):
 
 
 def n_step_returns(r, terminated, truncated, V_final, V_n, gamma):
-    """sum_d gamma^d r_{t+d} + gamma^n V(s_{t+n}), the first form of Eq. 54; (T, N), but V_n (N,).
+    """sum_d gamma^d r_{t+d} + gamma^n V(s_{t+n}) of Eq. 54 for any r; all (T, N), but V_n (N,).
 
     The sum ends where the game does; where the time limit cut it, V of its last state stands in.
     """
@@ -86,8 +86,8 @@ def losses(log_pi, V, rollout, V_n, log_pi_bar, tau, gamma, c):
     L_value = 0.5 * (V - V_hat).square().mean()  # Eq. 85
     L = L_policy + c * L_value  # Eq. 86
     entropy = -kl_divergence(log_pi, 0.0).mean()
-    return L, dict(policy_loss=L_policy, value_loss=L_value, entropy=entropy,
-                   V=V.mean(), V_hat=V_hat.mean(), V_hat_sq=V_hat.square().mean(),
+    return L, dict(loss=L, policy_loss=L_policy, value_loss=L_value, entropy=entropy, V=V.mean(),
+                   V_hat=V_hat.mean(), V_hat_sq=V_hat.square().mean(),
                    Delta=Delta.mean(), Delta_sq=Delta.square().mean())
 
 
@@ -129,16 +129,16 @@ class Args:
 
 
 LIMITS = dict(total_timesteps=(1, 1e12), schedule_timesteps=(0, 1e12), tau=(0, 1e6), gamma=(0, 1),
-              num_envs=(1, 4096), num_steps=(1, 1e6), learning_rate=(0, 1e6), vf_coef=(0, 1e6),
+              num_envs=(1, 1024), num_steps=(1, 1000), learning_rate=(0, 1e6), vf_coef=(0, 1e6),
               max_grad_norm=(1e-12, 1e12))
 
 
 # === algorithm ===
 def train(args):
-    """Trains until args.total_timesteps; with args.evaluate set it only evaluates.
+    """Trains until args.total_timesteps, or with args.evaluate only evaluates; returns statistics.
 
-    Returns the final statistics by name. Raises Refused, with a sentence for the user, on flags
-    that make no sense, a checkpoint that does not fit, or losses that are not finite.
+    Raises Refused on flags that make no sense or a checkpoint that does not fit, FloatingPointError
+    if losses are not finite, SystemExit after a save if SIGINT or SIGTERM comes.
     """
     with closing(Run(args, LIMITS)) as run:
         args, device, T, N = run.args, run.device, run.args.num_steps, run.args.num_envs
@@ -163,7 +163,7 @@ def train(args):
         host = np.zeros((3, T, N), np.float32)  # reward, terminated, truncated: one copy a rollout
         obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
 
-        while run.step < args.total_timesteps:
+        while run.goes_on(act, "sampled from pi"):
             # rollout: n steps with the current policy
             obs[0] = obs[T]
             noise.manual_seed(int(seeds(args.seed, run.step, "noise", 1)[0]))  # no state to save
@@ -199,18 +199,15 @@ def train(args):
             optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
             run.count(T * N, dict(terms, grad_norm=norm))
 
-            # log, evaluate, save
+            # log, save
             if run.due("log"):
                 row = run.means()
                 row["explained_variance"] = explained_variance(row)
                 row["KL_uniform"] = math.log(A) - row["entropy"]
                 run.log(dict(row, learning_rate=lr))
-            if run.due("eval"):
-                run.evaluate(act, "sampled from pi")
             if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
-                run.save(games_cut=N)
+                run.save(restarts=True)
                 obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
-            run.poll()
         return run.finish()
 
 
@@ -265,7 +262,7 @@ class ActorCritic(nn.Module):
 class RMSpropTF(torch.optim.Optimizer):
     """RMSProp as TensorFlow 1 computed it: mean square from one, epsilon inside the root.
 
-    torch.optim.RMSprop (from zero, outside) makes early updates up to a thousand times larger.
+    torch.optim.RMSprop (from zero, outside) makes the first updates thousands of times larger.
     lr is a 0-dim tensor, which a captured graph can read anew.
     """
 
@@ -281,7 +278,7 @@ class RMSpropTF(torch.optim.Optimizer):
             for p in group["params"]:
                 mean_square = self.state[p]["mean_square"]
                 g = torch.where(finite, p.grad, 0.0)
-                mean_square.lerp_(g * g, torch.where(finite, 1 - group["decay"], 0.0).to(g.dtype))
+                mean_square.lerp_(g * g, finite.to(g.dtype) * (1 - group["decay"]))
                 p.sub_(group["lr"] * g * (mean_square + group["eps"]).rsqrt())
 # === end shared ===
 
@@ -331,9 +328,10 @@ class Atari:
             raise ValueError(f"actions {actions} are not all in 0..{self.n_actions - 1}")
         obs, reward, terminated, truncated, info = self.envs.step(actions)
         self.score, self.length = self.score + reward, self.length + 1
-        over = info["episode_frame_number"] < self.frame + FRAME_SKIP  # it started again from 0
-        ended, self.frame = np.flatnonzero(over), info["episode_frame_number"]
-        self.ended = [(i, self.score[i], self.length[i], truncated[i]) for i in ended]
+        frame = info["episode_frame_number"]  # goes on through a lost life, restarts with the game
+        over, self.frame = truncated | (frame != self.frame + FRAME_SKIP), frame
+        played = zip(range(self.num_envs), self.score, self.length, truncated)
+        self.ended = [game for game in played if over[game[0]]]
         self.score[over], self.length[over] = 0, 0
         return obs, reward, terminated, truncated, info.get("final_obs")
 
@@ -365,9 +363,9 @@ def play_games(act, args, step, device, stopped=lambda: False):
 
 # === shared: run ===
 FORMAT = 1  # of checkpoints
-RUN_LIMITS = dict(seed=(0, 2**32), sticky=(0, 1), max_episode_frames=(4, 1e9), threads=(0, 4096),
-                  log_every=(1, 1e12), eval_every=(0, 1e12), eval_episodes=(0, 1e6),
-                  checkpoint_every=(0, 1e12), save_minutes=(0, 1e6))
+RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
+                  eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
+                  save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
 FREE_ON_RESUME = {"total_timesteps", "device", "threads", "eval_every", "eval_episodes",
                   "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
 KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
@@ -381,6 +379,7 @@ class Refused(Exception):
 def main(Args, train, description):
     """The command line; on --resume and --evaluate the flags not given are the checkpoint's."""
     try:
+        description = re.sub(r"\n(?=\w)", "\n\n", description)  # or --help joins its lines
         args = tyro.cli(Args, description=description)
         if source := args.resume or args.evaluate:
             saved = Args(**read_checkpoint(source)["args"])
@@ -395,7 +394,8 @@ def check(args, limits):
     """Raises Refused on the first flag whose value makes no sense."""
     for name, (low, high) in limits.items():
         if not low <= (value := getattr(args, name)) <= high:  # NaN fails this too
-            raise Refused(f"--{name.replace('_', '-')} {value} is not in [{low:g}, {high:g}]")
+            flag = "--" + name.replace("_", "-")
+            raise Refused(f"{flag} {value} is not between {low:,} and {high:,}")
     games = {k[4:-3].lower(): k for k in gym.registry if k.startswith("ALE/")}
     if args.env_id not in games.values():
         name = re.sub(r"(-ram|NoFrameskip|Deterministic)*-v\d+$", "", args.env_id.split("/")[-1])
@@ -407,8 +407,8 @@ def check(args, limits):
         raise Refused("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise Refused("--tensorboard needs the package: pip install tensorboard")
-    if args.resume and args.evaluate:
-        raise Refused("--resume and --evaluate exclude each other")
+    if args.evaluate and (args.resume or not args.eval_episodes):
+        raise Refused("--evaluate goes without --resume and with at least one of --eval-episodes")
 
 
 def read_checkpoint(path, device="cpu"):
@@ -438,7 +438,7 @@ class Run:
         self.args = dataclasses.replace(args, schedule_timesteps=horizon or args.total_timesteps)
         self.step = self.updates = self.games_cut = self.signal = 0
         self.done_at = dict(log=0, eval=0, checkpoint=0)  # agent step of the last one
-        self.last100, self.games = [], []  # scores; (score, length) since the last row
+        self.last100, self.games = [], []  # (score, length) of 100 games, of those since the row
         self.names, self.sums, self.first_bad, self.result = [], None, None, {}
         self.folder = self.lock = self.board = None
         if threads := args.threads or self.saved.get("threads"):
@@ -447,9 +447,11 @@ class Run:
         if not args.evaluate:
             self.open_folder()
         self.began = self.saved_at = time.monotonic()
-        main_thread = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in numbers}
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.getsignal(number)
+                signal.signal(number, self.on_signal)
 
     def close(self):
         for number, handler in self.handlers.items():
@@ -458,7 +460,7 @@ class Run:
             file.close()
 
     def on_signal(self, number, _):
-        self.signal = number  # poll() acts on it after the update
+        self.signal = number  # goes_on() acts on it after the update
         signal.signal(number, self.handlers[number])  # a second one acts at once
 
     def open_folder(self):
@@ -467,6 +469,8 @@ class Run:
         for name, value in saved.get("args", {}).items():
             if name not in FREE_ON_RESUME and value != (given := getattr(args, name)):
                 raise Refused(f"--{name.replace('_', '-')} {given}: the run to resume has {value}")
+        if saved and args.total_timesteps < saved["step"]:
+            raise Refused(f"--total-timesteps {args.total_timesteps}: it is at {saved['step']}")
         game, now = args.env_id.removeprefix("ALE/")[:-3], time.strftime("%Y%m%d-%H%M%S")
         folder = Path(args.runs_dir) / f"{game}__{script.stem}__seed{args.seed}__{now}"
         folder = saved["path"].parent if saved else folder
@@ -481,11 +485,13 @@ class Run:
         except OSError as e:
             raise Refused(f"--runs-dir: cannot write to {folder} ({e.strerror})") from e
         self.logs = {name: folder / f"{name}.csv" for name in ("metrics", "eval")}
+        sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
         for name, path in self.logs.items():
             path.touch()
-            if path.stat().st_size < (size := saved["logs"][name] if saved else 0):
+            if path.stat().st_size < sizes[name]:
                 raise Refused(f"{path} is shorter than when the checkpoint was saved")
-            os.truncate(path, size)
+        for name, path in self.logs.items():
+            os.truncate(path, sizes[name])
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             purge = saved["step"] + 1 if saved else None
@@ -496,8 +502,10 @@ class Run:
             (folder / script.name).write_bytes(script.read_bytes())
         self.folder = folder
         say(f"{'resumes' if saved else 'writes'} {folder}, device {self.device}")
-        if 0 < args.checkpoint_every < 27_000 * args.num_envs:
+        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
             say("warning: --checkpoint-every restarts games before one of full length could end")
+        if args.total_timesteps > args.schedule_timesteps:
+            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
 
     def restore(self, **parts):
         """Names what a save holds besides the run's own state, and loads all of it if resuming."""
@@ -511,19 +519,22 @@ class Run:
         self.row_step = self.line_step = self.step
         self.row_at = self.line_at = time.monotonic()
 
-    def save(self, games_cut=0):
-        """Writes checkpoint.pt, whole or not at all, and never with losses gone bad."""
+    def save(self, restarts=False):
+        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart."""
         self.check_finite()
-        self.games_cut += games_cut
-        self.done_at["checkpoint"] = self.step if games_cut else self.done_at["checkpoint"]
+        games_cut = self.games_cut + self.args.num_envs  # as resuming restarts them in any case
+        if restarts:
+            self.games_cut, self.done_at["checkpoint"] = games_cut, self.step
         state = dict(format=FORMAT, script=Path(__file__).stem, threads=torch.get_num_threads(),
                      args=vars(self.args) | dict(resume="", evaluate=""), wall=self.wall_time())
-        state |= {name: getattr(self, name) for name in KEPT} | dict(logs={})
+        state |= {name: getattr(self, name) for name in KEPT} | dict(games_cut=games_cut, logs={})
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         for name, path in self.logs.items():
             with open(path, "ab") as f:
                 os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
                 state["logs"][name] = f.tell()
+        if self.board:
+            self.board.flush()
         with open(new := self.folder / "checkpoint.new", "wb") as f:
             torch.save(state, f)
             f.flush()
@@ -536,13 +547,13 @@ class Run:
 
     def count_games(self, ended):
         """Counts the games that Atari.step found ended."""
-        self.games += [(float(score), int(length)) for _, score, length, _ in ended]
-        self.last100 = (self.last100 + [float(game[1]) for game in ended])[-100:]
+        ended = [(float(score), int(length)) for _, score, length, _ in ended]
+        self.games, self.last100 = self.games + ended, (self.last100 + ended)[-100:]
 
     def count(self, steps, terms):
         """Counts an update and adds its terms to the row's sums; the host does not wait for it."""
         self.step, self.updates = self.step + steps, self.updates + 1
-        values = torch.stack([v.detach().double() for v in terms.values()])
+        values = torch.stack(list(terms.values())).detach().double()
         if self.updates == 1:
             self.names, self.sums, self.first_bad = list(terms), torch.zeros_like(values), values
         self.first_bad = torch.where(self.sums.isfinite().all(), values, self.first_bad)
@@ -552,8 +563,9 @@ class Run:
         """Raises FloatingPointError, with its terms, if an update since the row was not finite."""
         if self.updates and not self.sums.isfinite().all():
             terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, self.first_bad.tolist()))
+            last = next(self.folder.glob("checkpoint.pt"), "not yet made")
             raise FloatingPointError(f"an update by step {self.step} was not finite and left out "
-                                     f"({terms}); the last good checkpoint is in {self.folder}")
+                                     f"({terms}); the last good checkpoint: {last}")
 
     def means(self):
         """The mean of each term over the updates since the last row, by name."""
@@ -568,10 +580,10 @@ class Run:
 
     def log(self, terms):
         """Writes a row of metrics.csv: speed, games ended since the last row, then the terms."""
-        now, games = time.monotonic(), dict(episodes=len(self.games), **summary(self.games))
-        sps = (self.step - self.row_step) / (now - self.row_at)
-        self.write("metrics", dict(sps=sps, score_last100=mean(self.last100), **games,
-                                   games_cut=self.games_cut, **terms))
+        now, last100 = time.monotonic(), summary(self.last100)
+        row = dict(sps=(self.step - self.row_step) / (now - self.row_at), episodes=len(self.games))
+        row |= summary(self.games) | {f"last100_{k}": v for k, v in last100.items()}
+        self.write("metrics", row | dict(games_cut=self.games_cut) | terms)
         self.games, self.games_cut, self.updates = [], 0, 0
         self.row_step, self.row_at, self.done_at["log"] = self.step, now, self.step
 
@@ -579,17 +591,19 @@ class Run:
         """Plays --eval-episodes games with act, writes a row of eval.csv and returns it."""
         start = time.monotonic()
         games = play_games(act, self.args, self.step, self.device, lambda: self.signal)
-        self.row_at += time.monotonic() - start  # steps per second are those of training
-        if not games:  # none are wanted, or a signal came and the evaluation stays due
+        self.row_at += (taken := time.monotonic() - start)  # steps per second are those of training
+        self.line_at += taken
+        if self.signal:  # a run saves first and evaluates when it is resumed
+            return {} if self.folder else sys.exit(128 + self.signal)
+        self.done_at["eval"] = self.step
+        if not games:
             return {}
         self.result = dict(policy=policy, episodes=len(games), **summary(games),
-                           score_std=float(np.std([game[0] for game in games])),
                            over_time_limit=sum(int(game[2]) for game in games))
         say("evaluation at step {:,}: score {score_mean:.1f} +- {score_std:.1f} over {episodes} "
             "games, {policy}".format(self.step, **self.result))
         if self.folder:
             self.write("eval", self.result)
-            self.done_at["eval"] = self.step
         return self.result
 
     def write(self, log, row):
@@ -598,45 +612,47 @@ class Run:
             writer = csv.writer(f)
             if f.tell() == 0:
                 writer.writerow(row)
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+            writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
         for key, value in row.items() if self.board else ():
             if not isinstance(value, str):
                 self.board.add_scalar(f"{log}/{key}", value, self.step)
 
-    def poll(self):
-        """Shows the progress; saves by the clock, or on a signal, which ends the run."""
-        now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
+    def goes_on(self, act, policy):
+        """Whether there is more to train. Evaluates if due, shows progress, saves by the clock.
+
+        On a signal it saves and raises SystemExit.
+        """
+        if self.due("eval"):
+            self.evaluate(act, policy)
         if self.signal:
             self.save()
             say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
             raise SystemExit(128 + self.signal)
+        now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
         if 0 < self.args.save_minutes * 60 < now - self.saved_at:
             self.save()
         if now - self.line_at > (0.5 if terminal else 5) and self.step > self.line_step:
             sps = (self.step - self.line_step) / (now - self.line_at)
-            score, minutes = mean(self.last100), (total - self.step) / sps / 60
+            score, minutes = summary(self.last100)["score_mean"], (total - self.step) / sps / 60
             say(f"step {self.step:,} of {total:,} ({self.step / total:.1%}), score {score:.1f}, "
                 f"{sps:.0f} steps/s, {minutes:.0f} min left", end="" if terminal else "\n")
             self.line_step, self.line_at = self.step, now
+        return self.step < total
 
     def finish(self):
         """The last save; returns the final statistics."""
         self.save()
         say(f"done: {self.folder}")
         result = {f"eval_{k}": v for k, v in self.result.items()}
-        return dict(step=self.step, score=mean(self.last100), folder=str(self.folder), **result)
-
-
-def mean(values):
-    return float(np.mean(values)) if len(values) else math.nan
+        return dict(step=self.step, folder=str(self.folder), **summary(self.last100), **result)
 
 
 def summary(games):
-    """Statistics of the games (score, length, ...), NaN if there are none."""
-    scores = [game[0] for game in games]
-    stats = dict(mean=np.mean, median=np.median, min=np.min, max=np.max)
-    row = {f"score_{k}": float(f(scores)) if scores else math.nan for k, f in stats.items()}
-    return dict(row, length_mean=mean([game[1] for game in games]))
+    """Statistics of games (score, length, ...), NaN if there are none."""
+    score, length = np.array([game[:2] for game in games] or [(math.nan, math.nan)]).T
+    stats = dict(score_mean=score.mean(), score_std=score.std(), score_median=np.median(score),
+                 score_min=score.min(), score_max=score.max(), length_mean=length.mean())
+    return {k: float(v) for k, v in stats.items()}
 
 
 def say(text, end="\n"):

@@ -78,6 +78,17 @@ def test_the_time_limit_truncates_and_gives_the_real_last_observation(shared):
         assert all(by_time_limit for *_, by_time_limit in ended)
 
 
+@pytest.mark.parametrize("frames", [4, 8, 40])
+def test_no_end_of_a_short_game_is_missed(shared, frames):
+    """A new game may begin at a higher frame than that at which the last one was cut."""
+    envs = shared.Atari(shared.Args(env_id="ALE/Breakout-v5", max_episode_frames=frames), 2)
+    _, rows = play(envs, [1, 2], 60)
+    cuts = sum(row[3].sum() for row in rows)
+    ended = [game for row in rows for game in row[5]]
+    assert cuts == len(ended) >= 2 * 60 // (frames // 4 + 1)
+    assert all(length <= frames // 4 + 1 for _, _, length, _ in ended)
+
+
 @pytest.mark.parametrize("bad", [-1, 4, 10**6])
 def test_an_unknown_action_is_refused_instead_of_hanging(shared, bad):
     envs = shared.Atari(shared.Args(env_id="ALE/Breakout-v5"), 2)

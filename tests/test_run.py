@@ -57,16 +57,16 @@ class Killed(BaseException):
 
 def train_until(script, monkeypatch, args, step):
     """Trains until the process would be killed at a step; returns the run's folder."""
-    folder, poll = [], script.Run.poll
+    folder, goes_on = [], script.Run.goes_on
 
-    def killed(self):
+    def killed(self, *act):
         folder.append(self.folder)
         if self.step >= step:
             raise Killed
-        poll(self)
+        return goes_on(self, *act)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(script.Run, "poll", killed)
+        patch.setattr(script.Run, "goes_on", killed)
         script.train(args)
     return folder[0]
 
@@ -126,7 +126,8 @@ def test_resume_refuses_flags_that_change_the_result(shared, tmp_path):
     for flags, text in ((dict(gamma=0.5), "--gamma 0.5: the run to resume has 0.99"),
                         (dict(env_id="ALE/Pong-v5"), "--env-id ALE/Pong-v5"),
                         (dict(seed=9), "--seed 9"), (dict(num_envs=4), "--num-envs 4"),
-                        (dict(schedule_timesteps=800), "--schedule-timesteps 800")):
+                        (dict(schedule_timesteps=800), "--schedule-timesteps 800"),
+                        (dict(total_timesteps=300), "--total-timesteps 300: it is at 400")):
         with pytest.raises(shared.Refused, match=text):
             shared.train(resumed(shared, folder, **flags))
     assert before == {p.name: p.read_bytes() for p in Path(folder).iterdir()}
@@ -134,16 +135,16 @@ def test_resume_refuses_flags_that_change_the_result(shared, tmp_path):
 
 def test_a_run_in_use_is_locked(shared, tmp_path, monkeypatch):
     args = tiny(shared, tmp_path, checkpoint_every=120)
-    folder, poll = [], shared.Run.poll
+    folder, goes_on = [], shared.Run.goes_on
 
-    def second(self):
+    def second(self, *act):
         if self.step == 200:
             folder.append(self.folder)
             with pytest.raises(shared.Refused, match="another process is training"):
                 shared.Run(resumed(shared, self.folder), {})
-        poll(self)
+        return goes_on(self, *act)
 
-    monkeypatch.setattr(shared.Run, "poll", second)
+    monkeypatch.setattr(shared.Run, "goes_on", second)
     shared.train(args)
     assert folder and len(rows(folder[0])) == 6
 
@@ -164,7 +165,7 @@ def test_damaged_foreign_and_hostile_checkpoints_are_refused(shared, tmp_path, m
 
     refused("there is no checkpoint at")
     for content in (b"", (folder / "checkpoint.pt").read_bytes()[:50_000], b"not a checkpoint",
-                    pickle.dumps(Hostile())):
+                    pickle.dumps(Hostile(), protocol=2)):
         bad.write_bytes(content)
         refused("cannot be read as a checkpoint")
     torch.save(dict(good, extra=Hostile()), bad)
@@ -181,12 +182,45 @@ def test_damaged_foreign_and_hostile_checkpoints_are_refused(shared, tmp_path, m
         shared.train(shared.Args(env_id="ALE/Pong-v5", evaluate=str(bad), device="cpu"))
 
 
-def test_logs_that_lost_rows_are_refused(shared, tmp_path):
-    folder = Path(shared.train(tiny(shared, tmp_path))["folder"])
-    (folder / "metrics.csv").write_text("step\n")
-    with pytest.raises(shared.Refused, match="metrics.csv is shorter"):
-        shared.train(resumed(shared, folder, total_timesteps=800))
-    assert (folder / "metrics.csv").read_text() == "step\n"
+def test_logs_that_lost_rows_are_refused_and_left_alone(shared, tmp_path, monkeypatch):
+    """Also the one that has more rows than the checkpoint knows of."""
+    args = tiny(shared, tmp_path, checkpoint_every=120, eval_every=100, eval_episodes=1)
+    folder = train_until(shared, monkeypatch, args, 210)
+    metrics = (folder / "metrics.csv").read_text()
+    (folder / "eval.csv").write_text("step\n")
+    with pytest.raises(shared.Refused, match="eval.csv is shorter"):
+        shared.train(resumed(shared, folder))
+    assert (folder / "eval.csv").read_text() == "step\n"
+    assert (folder / "metrics.csv").read_text() == metrics and metrics.count("\n") == 4
+
+
+def test_a_signal_in_an_evaluation_leaves_it_due(shared, tmp_path, monkeypatch):
+    """In the middle of training and at its end: the row comes when the run is resumed."""
+    flags = dict(eval_every=200, eval_episodes=2)
+    whole = shared.train(tiny(shared, tmp_path / "whole", **flags))["folder"]
+    play_games, calls = shared.play_games, []
+
+    def interrupted(*args):
+        calls.append(args[2])
+        if len(calls) in (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return play_games(*args)
+
+    monkeypatch.setattr(shared, "play_games", interrupted)
+    args = tiny(shared, tmp_path / "broken", **flags)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            shared.train(args)
+        assert stop.value.code == 143
+        folder, = (tmp_path / "broken").iterdir()
+        args = resumed(shared, folder)
+    shared.train(args)
+    assert calls == [200, 200, 400, 400]
+    logged = rows(folder, "eval.csv")
+    assert [row["step"] for row in logged] == ["200", "400"]
+    assert logged[0] == rows(whole, "eval.csv")[0]
+    assert sum(int(row["games_cut"]) for row in rows(folder)) == 2  # by the first resumption
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -199,7 +233,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_ends_the_run(a2c, tmp_
         calls.append(1)
         L, terms = losses(log_pi, V, *rest)
         factor = bad if len(calls) > 22 else 1.0
-        return L * factor, dict(terms, value_loss=terms["value_loss"] * factor)
+        return L * factor, dict(terms, loss=L * factor)
 
     count = a2c.Run.count
 
@@ -210,7 +244,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_ends_the_run(a2c, tmp_
     monkeypatch.setattr(a2c, "losses", spoilt)
     monkeypatch.setattr(a2c.Run, "count", watched)
     args = tiny(a2c, tmp_path, checkpoint_every=120)
-    with pytest.raises(FloatingPointError, match="not finite.*value_loss (nan|inf).*last good"):
+    with pytest.raises(FloatingPointError, match=r"not finite.*\(loss -?(nan|inf).*checkpoint.pt"):
         a2c.train(args)
     assert len(nets) == 24  # found at the save at step 240
     assert equal(nets[21], nets[22]) and equal(nets[21], nets[23]) and not equal(nets[20], nets[21])
@@ -255,12 +289,13 @@ def test_folder_holds_the_flags_the_code_and_the_hardware(shared, tmp_path):
     code = (ROOT / f"{shared.__name__}.py").read_bytes()
     assert (folder / f"{shared.__name__}.py").read_bytes() == code
     header = rows(folder)[0].keys()
-    assert {"step", "frames", "episodes", "score_mean", "score_median", "score_min", "score_max",
-            "score_last100", "length_mean", "games_cut", "learning_rate"} <= header
+    games = {f"score_{k}" for k in ("mean", "median", "min", "max")} | {"length_mean"}
+    assert games | {f"last100_{k}" for k in games} <= header
+    assert {"step", "frames", "episodes", "games_cut", "learning_rate"} <= header
 
 
 BAD = {
-    "--gamma 1.5": "--gamma 1.5 is not in", "--tau -1": "--tau -1", "--num-envs 0": "--num-envs 0",
+    "--gamma 1.5": "--gamma 1.5 is not between 0 and 1", "--tau -1": "--tau -1", "--num-envs 0": "--num-envs 0",
     "--learning-rate nan": "--learning-rate nan", "--learning-rate -1": "--learning-rate",
     "--num-steps 0": "--num-steps", "--total-timesteps 0": "--total-timesteps",
     "--sticky 1.1": "--sticky", "--seed -1": "--seed", "--max-grad-norm 0": "--max-grad-norm",
