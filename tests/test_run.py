@@ -295,7 +295,8 @@ def test_folder_holds_the_flags_the_code_and_the_hardware(shared, tmp_path):
 
 
 BAD = {
-    "--gamma 1.5": "--gamma 1.5 is not between 0 and 1", "--tau -1": "--tau -1", "--num-envs 0": "--num-envs 0",
+    "--gamma 1.5": "--gamma 1.5 is not between 0 and 1", "--tau -1": "--tau -1",
+    "--num-envs 0": "--num-envs 0",
     "--learning-rate nan": "--learning-rate nan", "--learning-rate -1": "--learning-rate",
     "--num-steps 0": "--num-steps", "--total-timesteps 0": "--total-timesteps",
     "--sticky 1.1": "--sticky", "--seed -1": "--seed", "--max-grad-norm 0": "--max-grad-norm",
