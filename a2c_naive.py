@@ -288,7 +288,7 @@ FRAME_SKIP = 4
 
 def seeds(seed, step, purpose, n):
     """(n,) seeds for a user's seed, an agent step and a purpose. (seed + k would share most.)"""
-    purpose = ("training", "evaluation", "noise", "evaluation noise").index(purpose)
+    purpose = ("training", "evaluation", "noise", "evaluation noise", "refill").index(purpose)
     return np.random.SeedSequence([seed, step, purpose]).generate_state(n) % 2**31
 
 
@@ -317,15 +317,26 @@ class Atari:
         return obs
 
     def step(self, actions):
-        """Takes (N,) ints; returns obs, reward, terminated, truncated, final_obs (None if not any).
+        """Takes (N,) ints and returns what recv() does."""
+        self.send(actions)
+        return self.recv()
 
-        Where a game ended, obs is the next one's first, and self.ended lists (index, score, length
-        in agent steps, cut by the time limit). final_obs is valid where truncated, the rest of it
-        uninitialised. Raises ValueError on an unknown action: the emulator would hang for good.
+    def send(self, actions):
+        """Starts a step, in threads of the emulator; recv() must follow.
+
+        Raises ValueError on an unknown action: the emulator would hang for good.
         """
         if actions.min() < 0 or actions.max() >= self.n_actions:
             raise ValueError(f"actions {actions} are not all in 0..{self.n_actions - 1}")
-        obs, reward, terminated, truncated, info = self.envs.step(actions)
+        self.envs.send(actions)
+
+    def recv(self):
+        """Ends a step; returns obs, reward, terminated, truncated, final_obs (None if not any).
+
+        Where a game ended, obs is the next one's first, and self.ended lists (index, score, length
+        in agent steps, cut by the time limit). final_obs is valid where truncated, else garbage.
+        """
+        obs, reward, terminated, truncated, info = self.envs.recv()
         self.score, self.length = self.score + reward, self.length + 1
         frame = info["episode_frame_number"]  # goes on through a lost life, restarts with the game
         over, self.frame = truncated | (frame != self.frame + FRAME_SKIP), frame

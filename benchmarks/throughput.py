@@ -1,0 +1,260 @@
+"""How fast? Agent steps per second (4 emulator frames each), beside Stable-Baselines3 (SB3).
+
+    pip install -e '.[bench]' && python benchmarks/throughput.py --csv throughput.csv
+
+    emulator      the games alone, actions uniformly random: the ceiling for learners on it
+    a2c_proper    a2c_proper.py as it trains, with its log and without evaluations
+    sb3           A2C of SB3 as its users run it on Atari, one process per environment
+    sb3_our_envs  the same A2C on the emulator of a2c_proper.py, which leaves the learner's share
+
+Every measurement is a process of its own, so that no contestant inherits the threads or the memory
+of another, and all of them take turns in every round, so that a load on the machine that comes and
+goes meets all alike; ratios are taken within a round. Run it on a machine that does nothing else.
+"""
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import a2c_proper  # noqa: E402
+
+Name = Literal["emulator", "a2c_proper", "sb3", "sb3_our_envs"]
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "ALE/Breakout-v5"  # game, ALE/<Game>-v5
+    num_envs: int = 16  # environments stepped together
+    steps: int = 8000  # agent steps measured per contestant and round, warm-up not counted
+    rounds: int = 5  # measurements of every contestant
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: CUDA where it exists
+    threads: int = 0  # CPU threads of PyTorch and of our emulator; 0: their own choice
+    only: tuple[Name, ...] = get_args(Name)  # contestants
+    csv: str = ""  # file for the single measurements; a .json with the provenance goes beside it
+
+
+def warm_up(args):
+    """Steps before the measured ones: caches, memory pools and worker processes settle."""
+    return max(1000, args.steps // 10)
+
+
+def processes():
+    """This process, then its children; nothing where psutil is missing."""
+    if not importlib.util.find_spec("psutil"):
+        return []
+    import psutil
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def cpu_seconds():
+    """CPU time so far, of the children too, which getrusage does not count before they end."""
+    times = [p.cpu_times() for p in processes()[1:]]
+    return time.process_time() + sum(t.user + t.system for t in times)
+
+
+def memory():
+    """MiB in use now; asked at the end of a measurement, when it no longer grows.
+
+    The resident sets (RSS) count a page that k processes share k times, the proportional ones (PSS,
+    Linux only) once. On the GPU it is the peak that PyTorch allocated, without the CUDA context.
+    """
+    full = [p.memory_full_info() for p in processes()]
+    sums = dict(rss_mib=sum(m.rss for m in full), gpu_mib=torch.cuda.max_memory_allocated(),
+                pss_mib=sum(getattr(m, "pss", math.nan) for m in full))
+    return {name: total / 2**20 for name, total in sums.items()}
+
+
+def measure(args, run):
+    """Calls run(steps), which returns the steps it made, to warm up and again to measure it."""
+    run(warm_up(args))
+    cpu, start = cpu_seconds(), time.monotonic()
+    steps = run(args.steps)  # its updates end by reading their losses: the GPU has nothing left
+    seconds, cpu = time.monotonic() - start, cpu_seconds() - cpu
+    return dict(steps=steps, seconds=seconds, cpu_s=cpu, **memory())
+
+
+def ours(args, **flags):
+    """Flags of a2c_proper.py, all else being its defaults (n = 5 is one)."""
+    return a2c_proper.Args(env_id=args.env_id, num_envs=args.num_envs, threads=args.threads,
+                           device=args.device, **flags)
+
+
+def emulator(args):
+    """No network; the process still has PyTorch loaded, which its memory shows."""
+    envs, rng = a2c_proper.Atari(ours(args), args.num_envs), np.random.default_rng(1)
+    envs.reset(a2c_proper.seeds(1, 0, "training", args.num_envs))
+
+    def run(steps):
+        for _ in range(0, steps, args.num_envs):
+            envs.step(rng.integers(envs.n_actions, size=args.num_envs))
+        return -(-steps // args.num_envs) * args.num_envs
+
+    return measure(args, run)
+
+
+def our_script(args):
+    """Speed from metrics.csv; its first row, the warm-up, is where the measurement starts."""
+    cpu, log = [], a2c_proper.Run.log
+
+    def log_and_look(run, terms):  # what metrics.csv lacks is read at the moment of its rows
+        log(run, terms)
+        cpu.append(cpu_seconds())
+        if run.step >= run.args.total_timesteps:  # before train() returns and frees its memory
+            at_end.update(memory())
+
+    a2c_proper.Run.log, at_end = log_and_look, {}
+    with tempfile.TemporaryDirectory() as runs_dir:
+        result = a2c_proper.train(ours(args, total_timesteps=warm_up(args) + args.steps,
+                                       log_every=warm_up(args), eval_episodes=0, runs_dir=runs_dir))
+        with open(Path(result["folder"]) / "metrics.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+    steps, seconds = (float(rows[-1][k]) - float(rows[0][k]) for k in ("step", "wall_time"))
+    return dict(steps=int(steps), seconds=seconds, cpu_s=cpu[-1] - cpu[0], **at_end)
+
+
+def sb3(args):
+    """SB3 on its own wrappers. Its processes import this file again, and with it ale_py's games."""
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
+    game = args.env_id.removeprefix("ALE/")[:-3] + "NoFrameskip-v4"  # as the wrappers expect it
+    envs = make_atari_env(game, args.num_envs, seed=1, vec_env_cls=SubprocVecEnv)
+    return sb3_a2c(args, VecFrameStack(envs, 4))
+
+
+def sb3_a2c(args, envs):
+    """SB3's A2C with the settings of its zoo for Atari; verbose=0, it prints no log."""
+    from stable_baselines3 import A2C
+    from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+    optimizer = dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-5))
+    model = A2C("CnnPolicy", envs, n_steps=5, gamma=0.99, ent_coef=0.01, vf_coef=0.25,
+                max_grad_norm=0.5, learning_rate=7e-4, policy_kwargs=optimizer, seed=1,
+                device=args.device)
+
+    def run(steps):
+        before = model.num_timesteps
+        model.learn(steps, reset_num_timesteps=False)  # else it would reset the games, too
+        return model.num_timesteps - before
+
+    result = measure(args, run)
+    envs.close()
+    return result
+
+
+def sb3_our_envs(args):
+    """SB3 on the emulator of a2c_proper.py; SB3 itself divides uint8 pictures by 255."""
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class OurVecEnv(VecEnv):
+        def __init__(self, flags):
+            self.atari = a2c_proper.Atari(flags, flags.num_envs)
+            envs = self.atari.envs
+            super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+        def reset(self):
+            return self.atari.reset(a2c_proper.seeds(1, 0, "training", self.num_envs))
+
+        def step_async(self, actions):
+            self.actions = actions
+
+        def step_wait(self):
+            obs, reward, terminated, truncated, final_obs = self.atari.step(self.actions)
+            infos = [{} for _ in obs]
+            for i in np.flatnonzero(truncated & ~terminated):
+                infos[i] = {"terminal_observation": final_obs[i], "TimeLimit.truncated": True}
+            return obs, np.sign(reward).astype(np.float32), terminated | truncated, infos
+
+        def close(self):
+            self.atari.envs.close()
+
+        def get_attr(self, attr_name, indices=None):  # SB3 asks for render_mode
+            return [None] * self.num_envs
+
+        set_attr = env_method = env_is_wrapped = None  # abstract in VecEnv, not called here
+
+    return sb3_a2c(args, OurVecEnv(ours(args)))
+
+
+CONTESTANTS = dict(emulator=emulator, a2c_proper=our_script, sb3=sb3, sb3_our_envs=sb3_our_envs)
+
+
+def measure_in_child(name, args):
+    """One measurement of one contestant in a process of its own, as a row."""
+    command = [sys.executable, __file__, "--one", name, json.dumps(vars(args))]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    row = json.loads(out.splitlines()[-1])  # before it stands what the contestant printed
+    return dict(contestant=name, steps_per_s=row["steps"] / row["seconds"],
+                cpu_s_per_1000_steps=1000 * row["cpu_s"] / row["steps"], **row)
+
+
+def spread(values, form):
+    """Median (min-max)."""
+    low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
+    return f"{middle} ({low}-{high})"
+
+
+def table(rows, names):
+    """The rows of all rounds as the lines of a Markdown table."""
+    of = {name: [row for row in rows if row["contestant"] == name] for name in names}
+    speed = {name: [row["steps_per_s"] for row in of[name]] for name in names}
+    yield ("| contestant | steps/s | ratio to emulator | ratio to sb3 | CPU s per 1000 steps "
+           "| RSS MiB | PSS MiB |")
+    yield "|---|---|---|---|---|---|---|"
+    for name in names:
+        ratios = [spread([a / b for a, b in zip(speed[name], speed[base])], ".3g")
+                  if base in names else "-" for base in ("emulator", "sb3")]
+        keys = dict(cpu_s_per_1000_steps=".2f", rss_mib=".0f", pss_mib=".0f")
+        usage = [format(statistics.median(r[k] for r in of[name]), f) for k, f in keys.items()]
+        yield " | ".join((f"| {name}", spread(speed[name], ".0f"), *ratios, *usage)) + " |"
+
+
+def main(args):
+    """Measures all rounds, prints the table and writes the rows with their provenance."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    args = dataclasses.replace(args, device=auto if args.device == "auto" else args.device)
+    names, load = list(args.only), os.getloadavg()
+    if not all(map(importlib.util.find_spec, ("stable_baselines3", "psutil"))):
+        print("sb3 is left out, and memory is 0: pip install -e '.[bench]'", flush=True)
+        names = [name for name in names if not name.startswith("sb3")]
+    rows = []
+    for i in range(args.rounds):
+        for name in names:
+            rows.append(dict(round=i + 1) | measure_in_child(name, args))
+            print("round {round}: {contestant} {steps_per_s:.0f} steps/s".format(**rows[-1]),
+                  file=sys.stderr, flush=True)
+    print(*table(rows, names), sep="\n")
+    if args.csv:
+        with open(args.csv, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        about = a2c_proper.provenance(torch.device(args.device), args) | dict(load_at_start=load)
+        about["threads"] = args.threads or about["threads"]  # set in the children only
+        if any(name.startswith("sb3") for name in names):
+            about["stable_baselines3"] = version("stable_baselines3")
+        Path(args.csv).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:  # a child: the name of a contestant and the flags as JSON
+        args = Args(**json.loads(sys.argv[3]))
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        print("\n" + json.dumps(CONTESTANTS[sys.argv[2]](args)))
+    else:
+        main(tyro.cli(Args, description=__doc__))
