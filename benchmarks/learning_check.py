@@ -68,11 +68,8 @@ def train(names):
 
 
 def baselines():
-    """Mean scores of the random policy and of every constant action, 20 games each.
-
-    Games are cut after 5 minutes of play: with some constant actions they never end, and score 0.
-    """
-    args = a2c_proper.Args(env_id=GAME, seed=0, max_episode_frames=18_000)
+    """Mean scores of the random policy and of every constant action, 20 full games each."""
+    args = a2c_proper.Args(env_id=GAME, seed=0)
     envs = a2c_proper.Atari(args, 1)
     cpu = torch.device("cpu")
 
@@ -89,7 +86,7 @@ def baselines():
     names = envs.envs.ale.get_action_set()
     constant = [score(always(a)) for a in range(envs.n_actions)]
     best = max(range(envs.n_actions), key=constant.__getitem__)
-    return dict(random=score(random), constant=constant,
+    return dict(game=GAME, episodes=args.eval_episodes, random=score(random), constant=constant,
                 best_constant=constant[best], best_action=names[best].name,
                 **a2c_proper.provenance(cpu, args))
 
