@@ -275,11 +275,11 @@ class RMSpropTF(torch.optim.Optimizer):
     def step(self, finite):
         """One update, or none where finite, a () bool tensor, is False: the host need not look."""
         for group in self.param_groups:
-            for p in group["params"]:
-                mean_square = self.state[p]["mean_square"]
-                g = torch.where(finite, p.grad, 0.0)
+            lr = group["lr"] * finite
+            for p in group["params"]:  # in place: new memory costs more than the arithmetic
+                mean_square, g = self.state[p]["mean_square"], p.grad.nan_to_num_(0.0, 0.0, 0.0)
                 mean_square.lerp_(g * g, finite.to(g.dtype) * (1 - group["decay"]))
-                p.sub_(group["lr"] * g * (mean_square + group["eps"]).rsqrt())
+                p.sub_((mean_square + group["eps"]).rsqrt_().mul_(g).mul_(lr))
 # === end shared ===
 
 
