@@ -197,7 +197,8 @@ def train(args):
             L.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
             optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
-            run.count(T * N, dict(terms, grad_norm=norm))
+            run.count(dict(terms, grad_norm=norm))
+            run.step += T * N
 
             # log, save
             if run.due("log"):
@@ -378,7 +379,7 @@ RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_eve
                   eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
                   save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
 FREE_ON_RESUME = {"total_timesteps", "device", "threads", "eval_every", "eval_episodes",
-                  "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
+                  "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
 KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
         "updates")
 
@@ -561,9 +562,9 @@ class Run:
         ended = [(float(score), int(length)) for _, score, length, _ in ended]
         self.games, self.last100 = self.games + ended, (self.last100 + ended)[-100:]
 
-    def count(self, steps, terms):
+    def count(self, terms):
         """Counts an update and adds its terms to the row's sums; the host does not wait for it."""
-        self.step, self.updates = self.step + steps, self.updates + 1
+        self.updates += 1
         values = torch.stack(list(terms.values())).detach().double()
         if self.updates == 1:
             self.names, self.sums, self.first_bad = list(terms), torch.zeros_like(values), values
@@ -636,9 +637,7 @@ class Run:
         if self.due("eval"):
             self.evaluate(act, policy)
         if self.signal:
-            self.save()
-            say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
-            raise SystemExit(128 + self.signal)
+            self.stop()
         now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
         if 0 < self.args.save_minutes * 60 < now - self.saved_at:
             self.save()
@@ -649,6 +648,12 @@ class Run:
                 f"{sps:.0f} steps/s, {minutes:.0f} min left", end="" if terminal else "\n")
             self.line_step, self.line_at = self.step, now
         return self.step < total
+
+    def stop(self):
+        """Saves and ends the process, as a signal asked for."""
+        self.save()
+        say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
+        raise SystemExit(128 + self.signal)
 
     def finish(self):
         """The last save; returns the final statistics."""

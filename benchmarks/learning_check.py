@@ -35,9 +35,14 @@ class Arm:
     flags: tuple = ()
 
 
+# 100,000 steps are too few for the schedules of a run of 10M: these are cut down with it
+SHORT_DQN = ("--learning-starts", "5000", "--target-network-frequency", "2000",
+             "--buffer-size", "100000")
 ARMS = {
     "a2c_proper": Arm("a2c_proper.py", 300_000, 3),
     "a2c_naive": Arm("a2c_naive.py", 300_000, 3),
+    "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 2, ("--backup", "hard", *SHORT_DQN)),
+    "soft_dqn_entropy": Arm("soft_dqn.py", 100_000, 2, ("--backup", "soft-entropy", *SHORT_DQN)),
 }
 
 

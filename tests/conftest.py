@@ -4,7 +4,7 @@ import pytest
 import torch
 
 A2C = ("a2c_naive", "a2c_proper")
-SCRIPTS = A2C
+SCRIPTS = (*A2C, "soft_dqn")
 
 
 @pytest.fixture(params=A2C)

@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TIME = {"wall_time", "sps"}  # the columns that two equal runs may differ in
 TINY = dict(env_id="ALE/Breakout-v5", num_envs=2, total_timesteps=400, log_every=70, eval_every=0,
             eval_episodes=0, checkpoint_every=0, max_episode_frames=300, device="cpu")
+OWN = {"soft_dqn": dict(learning_starts=40, buffer_size=300, batch_size=4,
+                        target_network_frequency=100)}  # what is tiny for one script
 
 
 def tiny(script, folder, **flags):
-    return script.Args(**(TINY | dict(runs_dir=str(folder)) | flags))
+    return script.Args(**(TINY | OWN.get(script.__name__, {}) | dict(runs_dir=str(folder)) | flags))
 
 
 def rows(folder, name="metrics.csv"):
@@ -87,6 +89,8 @@ def test_two_runs_of_a_seed_are_equal_and_evaluation_does_not_disturb(script, tm
 def test_killed_twice_and_resumed_equals_an_unbroken_run(script, tmp_path, monkeypatch):
     """Over three periodic saves, with rows and evaluations that straddle them."""
     flags = dict(checkpoint_every=120, eval_every=170, eval_episodes=2)
+    if hasattr(script.Args, "save_replay"):
+        flags["save_replay"] = True  # without, a resumed run refills its memory
     whole = script.train(tiny(script, tmp_path / "whole", **flags))["folder"]
     broken = train_until(script, monkeypatch, tiny(script, tmp_path / "broken", **flags), 210)
     assert len(rows(broken)) == 3  # of which the third is behind the checkpoint at 120
@@ -109,11 +113,11 @@ def test_periodic_saves_restart_the_games(shared, tmp_path):
     assert rows(a) != rows(b)
 
 
-def test_extending_a_run_keeps_its_horizon(script, tmp_path):
-    folder = script.train(tiny(script, tmp_path, schedule_timesteps=1000))["folder"]
-    script.train(resumed(script, folder, total_timesteps=600))
+def test_extending_a_run_keeps_its_horizon(a2c, tmp_path):
+    folder = a2c.train(tiny(a2c, tmp_path, schedule_timesteps=1000))["folder"]
+    a2c.train(resumed(a2c, folder, total_timesteps=600))
     rates = [float(row["learning_rate"]) for row in rows(folder)]
-    lr = script.Args().learning_rate
+    lr = a2c.Args().learning_rate
     steps = [int(row["step"]) for row in rows(folder)]
     assert steps[-1] == 600
     for step, rate in zip(steps, rates):
@@ -352,8 +356,14 @@ SMALL = ("--env-id ALE/Breakout-v5 --num-envs 2 --total-timesteps 300 --log-ever
          "--eval-episodes 2 --max-episode-frames 300 --checkpoint-every 0 --device cpu").split()
 
 
+def small(script):
+    """The flags of SMALL and the script's own."""
+    own = OWN.get(script.__name__, {}).items()
+    return *SMALL, *(word for k, v in own for word in (f"--{k.replace('_', '-')}", str(v)))
+
+
 def test_a_copied_file_trains_resumes_and_evaluates_alone(script, tmp_path):
-    out = alone(script, tmp_path / "x", *SMALL).communicate()[0]
+    out = alone(script, tmp_path / "x", *small(script)).communicate()[0]
     folder, = (tmp_path / "x" / "runs").iterdir()
     assert "evaluation at step 300" in out and len(rows(folder)) == 6
     out = alone(script, tmp_path / "x", "--resume", str(folder), "--total-timesteps", "400")
@@ -367,8 +377,8 @@ def test_a_copied_file_trains_resumes_and_evaluates_alone(script, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_resume_goes_on(script, tmp_path, number, code):
     """Real processes; what is resumed from such a save is deterministic."""
-    process = alone(script, tmp_path / "x", *SMALL, "--total-timesteps", "1000000", "--eval-every",
-                    "100")
+    process = alone(script, tmp_path / "x", *small(script), "--total-timesteps", "1000000",
+                    "--eval-every", "100")
     path = tmp_path / "x" / "runs"
     deadline = time.time() + 120
     while not any(p.read_text().count("\n") > 3 for p in path.glob("*/metrics.csv")):

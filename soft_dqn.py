@@ -1,0 +1,965 @@
+"""Soft Q-learning against standard DQN: the backup is a log-sum-exp in place of the maximum.
+
+Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
+         arXiv:1704.06440, sections 3.5 and 6.2, Figure 2. Equations 29, 30, 39, 44-46, 81-83;
+         46, 82 and 83 are misprinted in the text and stand here corrected.
+Train:   python soft_dqn.py --env-id ALE/Pong-v5
+Arms:    --backup hard, soft-entropy or soft-kl, each with --n-step 1 or 5: the six of Figure 2
+Resume:  python soft_dqn.py --resume runs/Pong__soft_dqn__seed1__20260101-120000
+Score:   python soft_dqn.py --evaluate runs/Pong__soft_dqn__seed1__20260101-120000
+Expect:  Pong about 20 after 10M agent steps, from the published DQN scores (see README.md).
+
+Shapes:  B transitions a minibatch, n steps each, from N environments; A actions, C slots a ring.
+Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
+         V_Q(s) the soft maximum of Q(s, .), y_t the target of Q(s_t, a_t), pi the Boltzmann policy.
+"""
+import csv
+import dataclasses
+import difflib
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+
+# === the paper ===
+class Batch(NamedTuple):
+    """B stored transitions with the n - 1 steps that followed each of them."""
+
+    obs: torch.Tensor  # (B, 4, 84, 84) uint8, s_t
+    a: torch.Tensor  # (B,) int64, a_t
+    r: torch.Tensor  # (n, B) r_t .. r_{t+n-1}, clipped to -1, 0, 1
+    terminated: torch.Tensor  # (n, B) 1 where a life or the game was lost: nothing follows, else 0
+    truncated: torch.Tensor  # (n, B) 1 where the game was cut after that step, else 0
+    next_obs: torch.Tensor  # (n, B, 4, 84, 84) s_{t+1} .. s_{t+n}; arbitrary once the game is over
+    weight: torch.Tensor  # (B,) 0 where the drawn slot starts no transition, else 1
+
+
+def soft_value(Q, log_pi_bar, tau):
+    """V_Q(s) = tau log sum_a pi_bar(a|s) exp(Q(s, a) / tau), Eq. 29; (..., A) -> (...).
+
+    Eq. 82 has log_pi_bar = -log A (KL), Eq. 83 has 0 (entropy), and tau = 0 is their common limit,
+    the maximum of Eq. 81. Both are printed without the tau before the logarithm, and so diverge.
+    """
+    top = Q.max(-1).values
+    if tau == 0:
+        return top  # Eq. 81
+    return top + tau * ((Q - top.unsqueeze(-1)) / tau + log_pi_bar).logsumexp(-1)  # Eq. 82, 83
+
+
+def boltzmann(Q, log_pi_bar, tau):
+    """log pi(a|s) = log pi_bar + (Q - V_Q) / tau, Eq. 30; normalised however large Q / tau is."""
+    return ((Q - Q.max(-1, keepdim=True).values) / tau + log_pi_bar).log_softmax(-1)
+
+
+def kl_divergence(log_pi, log_pi_bar):
+    """KL[pi || pi_bar](s), (..., A) -> (...). With log_pi_bar = 0 it is minus the entropy of pi."""
+    return (log_pi.exp() * (log_pi - log_pi_bar)).sum(-1)
+
+
+def targets(r, terminated, truncated, Q, log_pi_bar, tau, gamma):
+    """y_t = r_t + sum_{0<d<n} gamma^d (r_{t+d} - tau KL_{t+d}) + gamma^n V_Q(s_{t+n}), Eq. 46.
+
+    (n, B) -> (B,); Q (n, B, A) is the target network's at s_{t+1} .. s_{t+n}, KL_{t+d} that of its
+    Boltzmann policy. s_t has none: Q(s_t, a_t) is what follows once a_t is chosen. n = 1 is Eq. 45.
+    At a termination nothing follows; a cut game ends the sum early, with V_Q of its last state.
+
+    n > 1 is biased off-policy: Eq. 46 is an expectation over a_{t+1} .. a_{t+n-1} drawn from that
+    Boltzmann policy, and the memory holds those of older and more random ones. n = 1 is not biased:
+    a_t is given, and V_Q sums over all actions after it.
+    """
+    V = soft_value(Q, log_pi_bar, tau)  # (n, B)
+    KL = kl_divergence(boltzmann(Q, log_pi_bar, tau), log_pi_bar) if tau else 0.0 * V
+    y = V[-1]  # gamma^n is printed gamma^{t+n}
+    for d in reversed(range(len(r))):
+        y = torch.where(truncated[d] > 0, V[d], y)
+        y = r[d] + gamma * (1 - terminated[d]) * y
+        y = y - tau * KL[d - 1] if d > 0 else y  # Q[d - 1] belongs to s_{t+d}
+    return y
+
+
+def loss(Q, a, y, weight, kind):
+    """Eq. 44, or Huber's loss as the authors' DQN: the same up to an error of 1, linear beyond."""
+    Q_a = Q.gather(-1, a.unsqueeze(-1)).squeeze(-1)  # (B,) Q(s_t, a_t)
+    square = 0.5 * (Q_a - y).square()  # Eq. 44
+    each = square if kind == "square" else nn.functional.huber_loss(Q_a, y, reduction="none")
+    return (weight * each).sum() / weight.sum().clamp(min=1)
+
+
+def epsilon_greedy(Q, epsilon, generator):
+    """The best action, or with probability epsilon any; (N, A) -> (N,) int64."""
+    uniform = torch.randint(Q.shape[-1], Q.shape[:-1], generator=generator, device=Q.device)
+    u = torch.rand(Q.shape[:-1], generator=generator, device=Q.device)
+    return torch.where(u < epsilon, uniform, Q.argmax(-1))
+
+
+def boltzmann_sample(Q, tau, generator):
+    """a ~ pi of Eq. 30, by the Gumbel-max rule; (N, A) -> (N,) int64."""
+    return (boltzmann(Q, 0.0, tau) + gumbel_noise(Q.shape, generator)).argmax(-1)
+
+
+# === flags ===
+@dataclasses.dataclass
+class Args:
+    env_id: str = "ALE/Pong-v5"  # game, ALE/<Game>-v5
+    total_timesteps: int = 10_000_000  # agent steps over all environments, 4 frames each
+    schedule_timesteps: int = 0  # agent steps until epsilon is 0.01; 0: total-timesteps
+    backup: Literal["hard", "soft-entropy", "soft-kl"] = "soft-entropy"  # Eq. 81, 83 or 82
+    tau: float = 0.1  # temperature of the soft backup, in units of clipped reward
+    n_step: int = 1  # rewards before the bootstrap (n); above 1 biased off-policy
+    exploration: Literal["epsilon-greedy", "boltzmann"] = "epsilon-greedy"  # how training acts
+    eval_epsilon: float = 0.01  # epsilon of evaluations
+    gamma: float = 0.99  # discount per agent step
+    num_envs: int = 8  # environments stepped together (N)
+    buffer_size: int = 1_000_000  # frames the replay memory holds, 7 kB each, all environments
+    learning_starts: int = 50_000  # agent steps before the first update
+    batch_size: int = 32  # transitions per update (B)
+    train_frequency: int = 4  # agent steps per update, whatever num-envs is
+    target_network_frequency: int = 40_000  # agent steps between copies to the target network
+    learning_rate: float = 1e-4  # Adam step size
+    loss: Literal["huber", "square"] = "huber"  # square is Eq. 44
+    max_grad_norm: float = 10.0  # largest norm of the gradient of each weight and bias by itself
+    save_replay: bool = False  # saves hold the memory; without, a resumed run plays to refill it
+    # === shared: run flags ===
+    seed: int = 1  # network, sampling noise and environments derive from it
+    sticky: float = 0.0  # probability that the emulator repeats the last action
+    max_episode_frames: int = 108_000  # time limit of a game, emulator frames
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
+    threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
+    log_every: int = 10_000  # agent steps per row of metrics.csv
+    eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
+    eval_episodes: int = 20  # full games per evaluation; 0: none
+    checkpoint_every: int = 2_000_000  # agent steps between saves that restart the games; 0: none
+    save_minutes: float = 10.0  # wall time between saves that leave the games alone; 0: none
+    resume: str = ""  # run folder or checkpoint to go on from, with the flags it was started with
+    evaluate: str = ""  # run folder or checkpoint to play --eval-episodes games with, no training
+    runs_dir: str = "runs"  # where a new run makes its folder
+    tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+    # === end shared ===
+
+
+LIMITS = dict(total_timesteps=(1, 1e12), schedule_timesteps=(0, 1e12), tau=(0, 1e6), gamma=(0, 1),
+              n_step=(1, 1000), eval_epsilon=(0, 1), num_envs=(1, 1024), buffer_size=(1, 1e9),
+              learning_starts=(1, 1e12), batch_size=(1, 1e6), train_frequency=(1, 1e9),
+              target_network_frequency=(1, 1e12), learning_rate=(0, 1e6),
+              max_grad_norm=(1e-12, 1e12))
+TERMS = ("loss", "max_Q", "V_Q", "entropy", "grad_norm")  # means over updates, in metrics.csv
+
+
+# === algorithm ===
+def train(args):
+    """Trains until args.total_timesteps, or with args.evaluate only evaluates; returns statistics.
+
+    Raises Refused on flags that make no sense or a checkpoint that does not fit, FloatingPointError
+    if losses are not finite, SystemExit after a save if SIGINT or SIGTERM comes.
+    """
+    check_flags(args)
+    with closing(Run(args, LIMITS)) as run:
+        args, device, N = run.args, run.device, run.args.num_envs
+        envs = Atari(args, N)
+        A = envs.n_actions
+        net, target = (QNetwork(A).to(device, memory_format=torch.channels_last) for _ in "12")
+        target.load_state_dict(net.state_dict())
+        optimizer = AdamTF(net.parameters(), args.learning_rate)
+        noise = torch.Generator(device)
+        tau = 0.0 if args.backup == "hard" else args.tau  # with log_pi_bar decides on the backup
+        constant = -math.log(A) if args.backup == "soft-kl" else 0.0
+        log_pi_bar = torch.full((A,), constant, device=device)
+
+        @torch.no_grad()
+        def act(obs, generator):  # (N, 4, 84, 84) -> (N,)
+            return epsilon_greedy(net(obs), args.eval_epsilon, generator)
+
+        @torch.no_grad()
+        def explore(obs):
+            if args.exploration == "boltzmann":
+                return boltzmann_sample(net(obs), args.tau, noise)
+            return epsilon_greedy(net(obs), epsilon_at(run.step, args), noise)
+
+        evaluated = f"epsilon-greedy {args.eval_epsilon:g}"
+        parts = dict(net=net, target=target, optimizer=optimizer)
+        if args.evaluate:
+            run.restore(**parts)
+            return run.evaluate(act, evaluated)
+        memory = Replay(N, capacity(args), device, run.folder if args.save_replay else None)
+        run.restore(**parts, memory=memory)
+        if 0 < run.step < args.total_timesteps and not args.save_replay:
+            refill(memory, envs, explore, noise, run)
+        obs = memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
+
+        while run.goes_on(act, evaluated):
+            # act: the emulator works while the network learns from what it gave before
+            noise.manual_seed(int(seeds(args.seed, run.step, "noise", 1)[0]))  # no state to save
+            a = explore(obs)  # (N,)
+            envs.send(a.cpu().numpy())
+
+            for _ in range(updates_by(run.step + N, args) - updates_by(run.step, args)):
+                # targets and loss
+                u = torch.rand(args.batch_size, dtype=torch.float64, generator=noise, device=device)
+                batch = memory.sample(u, args.n_step)
+                with torch.no_grad():
+                    y = targets(batch.r, batch.terminated, batch.truncated, target(batch.next_obs),
+                                log_pi_bar, tau, args.gamma)
+                Q = net(batch.obs)  # (B, A)
+                L = loss(Q, batch.a, y, batch.weight, args.loss)
+
+                # step
+                optimizer.zero_grad()
+                L.backward()
+                norm = clip_each_(net.parameters(), args.max_grad_norm)
+                optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
+                values = L, *statistics(Q.detach(), log_pi_bar, tau, args.tau), norm
+                run.count(dict(zip(TERMS, values)))
+            copies = args.target_network_frequency
+            if (run.step + N) // copies > run.step // copies:
+                target.load_state_dict(net.state_dict())
+
+            # store
+            received = envs.recv()
+            obs = memory.add(a, *received, envs.ended)
+            run.count_games(envs.ended)
+            run.step += N
+
+            # log, save
+            if run.due("log"):
+                row = run.means() if run.updates else dict.fromkeys(TERMS, math.nan)
+                epsilon = epsilon_at(run.step, args) if args.exploration != "boltzmann" else 0.0
+                run.log(dict(row, epsilon=epsilon, updates=updates_by(run.step, args),
+                             replay_fill=memory.fill()))
+            if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
+                run.save(restarts=True)
+                obs = memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
+        return run.finish()
+
+
+def updates_by(step, args):
+    """Updates due by an agent step, so that their ratio to steps does not depend on num_envs."""
+    first = args.learning_starts // args.train_frequency
+    return max(0, step // args.train_frequency - first)
+
+
+def epsilon_at(step, args):
+    """Linear from 1 to 0.1 in a tenth of the schedule, from there to 0.01 at its end."""
+    horizon = args.schedule_timesteps
+    return float(np.interp(step, (0, horizon / 10, horizon), (1.0, 0.1, 0.01)))
+
+
+def refill(memory, envs, explore, noise, run):
+    """Plays for a resumed run what learning needs to go on; counted in neither steps nor scores."""
+    N, began = run.args.num_envs, time.monotonic()
+    steps = math.ceil(min(run.step, run.args.learning_starts) / N) * N
+    say(f"refills the replay memory with {steps:,} steps, which do not count")
+    drawn = seeds(run.args.seed, run.step, "refill", N + 1)
+    noise.manual_seed(int(drawn[-1]))
+    obs = memory.begin(envs.reset(drawn[:-1]))
+    for _ in range(steps // N):
+        a = explore(obs)
+        received = envs.step(a.cpu().numpy())
+        obs = memory.add(a, *received, envs.ended)
+        if run.signal:
+            run.stop()
+    run.row_at += time.monotonic() - began  # steps per second are those of training
+
+
+def statistics(Q, log_pi_bar, tau, temperature):
+    """Means over a batch: max Q, V_Q, and the entropy of the Boltzmann policy at --tau."""
+    log_pi = boltzmann(Q, 0.0, max(temperature, 1e-6))  # tau may be 0 with --backup hard
+    return (Q.max(-1).values.mean(), soft_value(Q, log_pi_bar, tau).mean(),
+            -kl_divergence(log_pi, 0.0).mean())
+
+
+def gumbel_noise(shape, generator):
+    """Standard Gumbel noise on the generator's device."""
+    noise = torch.empty(shape, device=generator.device)
+    return -noise.exponential_(generator=generator).log()
+
+
+def check_flags(args):
+    """Raises Refused where flags do not go together, or the memory does not fit."""
+    check(args, LIMITS | RUN_LIMITS)
+    if args.tau < 1e-6 and args.backup != "hard":
+        raise Refused(f"--tau {args.tau:g}: --backup {args.backup} divides by it; use --backup "
+                      "hard, its limit at 0")
+    if args.tau < 1e-6 and args.exploration == "boltzmann":
+        raise Refused(f"--tau {args.tau:g}: --exploration boltzmann divides by it; use "
+                      "--exploration epsilon-greedy, with --backup hard if tau is to be 0")
+    for name, steps in (("learning_starts", args.n_step + 1), ("buffer_size", args.n_step + 5)):
+        if (value := getattr(args, name)) < (least := steps * args.num_envs):
+            raise Refused(f"--{name.replace('_', '-')} {value} is too small for --num-envs "
+                          f"{args.num_envs} with --n-step {args.n_step}: the least is {least}")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    need = args.num_envs * capacity(args) * SLOT_BYTES / 2**30
+    if not args.evaluate and need > (free := free_bytes(cuda) / 2**30):
+        raise Refused(f"--buffer-size {args.buffer_size}: the replay memory needs {need:.2f} GiB "
+                      f"{'of the GPU' if cuda else 'of memory'}, {free:.2f} GiB are free")
+
+
+def capacity(args):
+    """Slots of each environment's ring (C)."""
+    return math.ceil(args.buffer_size / args.num_envs)
+
+
+def free_bytes(cuda):
+    """Memory that could be taken now."""
+    if cuda:
+        return torch.cuda.mem_get_info()[0]
+    if Path("/proc/meminfo").exists():  # counts what the page cache would give back
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# === network and optimizer ===
+OBS_SHAPE = (4, 84, 84)  # four frames, oldest first
+
+
+class QNetwork(nn.Module):
+    """Q(s, .) on the trunk of Mnih et al. (2015), no padding: 3136 features.
+
+    The authors' DQN pads its convolutions (7744 features). Mnih et al. do not, nor does the
+    authors' A2C: so both sides of the paper's comparison have one trunk here, and the larger layer
+    would cost more than twice the weights. Xavier-uniform weights and zero biases are theirs.
+    """
+
+    def __init__(self, n_actions):
+        super().__init__()
+        self.Q = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, n_actions),
+        )
+        for layer in self.Q:
+            if hasattr(layer, "weight"):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, obs):
+        """obs (..., 4, 84, 84) uint8 -> Q(s, .) (..., A)."""
+        x = obs.flatten(end_dim=-4)  # uint8 until here: a quarter of the memory and of the copies
+        x = x.to(torch.float32, memory_format=torch.channels_last) / 255
+        return self.Q(x).view(*obs.shape[:-3], -1)
+
+
+class AdamTF(torch.optim.Optimizer):
+    """Adam as TensorFlow 1 computed it: epsilon is added to the root before its bias is corrected.
+
+    With torch.optim.Adam, which adds it after, the same epsilon would shorten early updates less:
+    at update t it weighs there sqrt(1 - beta2^t) times what it does here, 1/30 of it at the first.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-4):
+        params = list(params)
+        t = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, t=t))
+        for p in params:
+            self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+
+    @torch.no_grad()
+    def step(self, finite):
+        """One update, or none where finite, a () bool tensor, is False: the host need not look.
+
+        In place, the gradient as scratch: fresh memory for each product would take 3 times as long.
+        """
+        for group in self.param_groups:
+            (beta1, beta2), t = group["betas"], group["t"].add_(finite)
+            size = group["lr"] * (1 - beta2**t).sqrt() / (1 - beta1**t)
+            size = torch.where(finite, size, 0.0)  # a 0-dim tensor does not make float32 float64
+            for p in group["params"]:
+                m, v = self.state[p]["m"], self.state[p]["v"]
+                g = p.grad.masked_fill_(~finite, 0.0)
+                m.lerp_(g, torch.where(finite, 1 - beta1, 0.0).to(g.dtype))
+                v.lerp_(g.square_(), torch.where(finite, 1 - beta2, 0.0).to(g.dtype))
+                root = torch.sqrt(v, out=g).add_(group["eps"])
+                p.sub_(torch.div(m, root, out=root).mul_(size))
+
+
+def clip_each_(params, max_norm):
+    """Clips the gradient of each tensor by its own norm; returns the norm of all before that."""
+    norms = []
+    for p in params:
+        norms.append(p.grad.norm())
+        p.grad.mul_(max_norm / norms[-1].clamp(min=max_norm))
+    return torch.stack(norms).norm()
+
+
+# === replay memory ===
+SLOT_BYTES = 84 * 84 + 5  # a frame and five facts
+
+
+class Replay:
+    """The last C slots of each of N environments, each frame once; stacks are made when sampled.
+
+    Slot k of an environment lies at k % C. It holds the newest frame of an observation and what was
+    done there. The newest slot is open: its frame is there, its action not yet. After a cut game
+    comes one slot more than it had steps, with the frame of its last state: `last` is 1 there, and
+    no transition starts from it. Environments therefore need not have written equally many slots.
+    Every tensor is allocated here and none changes its shape, so sampling could be captured.
+    """
+
+    def __init__(self, num_envs, capacity, device, folder=None):
+        self.C, self.device, self.folder = capacity, device, folder
+        facts = {name: torch.zeros((num_envs, capacity), dtype=torch.uint8, device=device)
+                 for name in ("a", "terminated", "last", "age")}
+        self.frame = torch.empty((num_envs, capacity, 84, 84), dtype=torch.uint8, device=device)
+        self.r = torch.zeros((num_envs, capacity), dtype=torch.int8, device=device)
+        self.a, self.terminated, self.last, self.age = facts.values()  # age: frames before, max 3
+        self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)  # slots opened so far
+        self.envs = torch.arange(num_envs, device=device)
+        self.back = torch.tensor([3, 2, 1, 0], device=device)  # the frames of a stack
+        self.segments, self.saved = [], [0] * num_envs  # files, and head when the last was written
+        if folder:
+            most, free = 3 * num_envs * capacity * SLOT_BYTES, shutil.disk_usage(folder).free
+            say(f"--save-replay needs up to {most / 2**30:.2f} GiB in {folder}, "
+                f"{free / 2**30:.2f} GiB are free")
+
+    def open(self, i, frame, first):
+        """Opens the next slot of environments i with (len(i), 84, 84) frames."""
+        at = i, (self.head[i] - 1) % self.C
+        age = torch.where(first, 0, (self.age[at] + 1).clamp(max=3))
+        self.head[i] += 1
+        at = i, (self.head[i] - 1) % self.C
+        self.frame[at], self.age[at], self.last[at] = frame, age, torch.zeros_like(age)
+
+    def begin(self, s):
+        """New games in all environments, (N, 4, 84, 84); those that were running count as cut."""
+        obs = torch.from_numpy(s).to(self.device)
+        self.last[self.envs, (self.head - 1) % self.C] = (self.head > 0).to(torch.uint8)
+        self.open(self.envs, obs[:, 3], torch.ones_like(self.head, dtype=torch.bool))
+        return obs
+
+    def add(self, a, s, reward, terminated, truncated, final_s, ended):
+        """Stores a step: the actions (N,), then what Atari.recv and .ended say. Returns obs."""
+        first = np.isin(np.arange(len(s)), [game[0] for game in ended])
+        host = np.stack([np.sign(reward), terminated, first]).astype(np.int8)
+        r, terminated, first = torch.from_numpy(host).to(self.device)
+        at = self.envs, (self.head - 1) % self.C
+        self.a[at], self.r[at] = a.to(torch.uint8), r
+        self.terminated[at] = terminated.to(torch.uint8)
+        if truncated.any():  # rare; s already is the next game's, final_s the cut game's
+            i = torch.from_numpy(np.flatnonzero(truncated)).to(self.device)
+            frame = torch.from_numpy(final_s[truncated, 3]).to(self.device)
+            self.open(i, frame, torch.zeros_like(i, dtype=torch.bool))
+            self.last[i, (self.head[i] - 1) % self.C] = 1
+        obs = torch.from_numpy(s).to(self.device)
+        self.open(self.envs, obs[:, 3], first.bool())
+        return obs
+
+    def sample(self, u, n):
+        """The transitions that (B,) uniform numbers in [0, 1) pick: each equally likely.
+
+        Slots that start none have weight 0: the shapes do not depend on how many there are.
+        """
+        fill = self.head.clamp(max=self.C)  # (N,)
+        starts = (fill - n).clamp(min=0)  # (N,) slots with n more behind them
+        until = starts.cumsum(0)
+        j = (u * until[-1]).long()  # (B,) among those of all environments
+        i = torch.searchsorted(until, j, right=True)  # (B,) environment
+        older = j - (until - starts)[i]  # (B,) slots before it in the ring
+        k = (self.head - fill)[i] + older + torch.arange(n + 1, device=j.device)[:, None]
+        at = i, k % self.C  # (n+1, B) the slots of s_t .. s_{t+n}
+        stack = self.frame[i[:, None], (k[..., None] - self.back) % self.C]  # (n+1, B, 4, 84, 84)
+        seen = self.back <= self.age[at][..., None]  # before a game's first frame all is zero
+        obs = stack * seen[..., None, None]
+        begun = (self.last[at][0] == 0) & (self.age[at][0] <= older)  # its oldest frame not lost
+        r, terminated, last = (x[at].float() for x in (self.r, self.terminated, self.last))
+        return Batch(obs[0], self.a[at][0].long(), r[:-1], terminated[:-1], last[1:], obs[1:],
+                     begun.float())
+
+    def fill(self):
+        """The part of the memory that is in use."""
+        return (self.head.clamp(max=self.C).float().mean() / self.C).item()
+
+    # With --save-replay each save writes the slots that are new since the last one to a file of
+    # their own, a segment. The checkpoint lists the segments it needs. Those it needs no more are
+    # deleted before the next save, when that checkpoint is sure to be in place.
+    def state_dict(self):
+        """Writes a segment; returns what the checkpoint says of the memory."""
+        if not self.folder:
+            return {}
+        self.prune()
+        head = self.head.tolist()
+        # from the slot that was open then, which has been completed since
+        first = [max(0, saved - 1, end - self.C) for saved, end in zip(self.saved, head)]
+        number = self.segments[-1]["number"] + 1 if self.segments else 0
+        segment, crc = dict(number=number, first=first, end=head), 0
+        with open(self.path(segment), "wb") as f:
+            for x in self.pieces(segment):
+                data = x.cpu().numpy()
+                f.write(data)
+                crc = zlib.crc32(data, crc)
+            f.flush()
+            os.fsync(f.fileno())
+            segment |= dict(size=f.tell(), crc=crc)
+        needed = [old for old in self.segments
+                  if any(end > now - self.C for end, now in zip(old["end"], head))]
+        self.segments, self.saved = [*needed, segment], head
+        return dict(head=head, segments=self.segments)
+
+    def load_state_dict(self, state):
+        """Reads the segments that a checkpoint lists; Refused if one is not as it was written."""
+        if not self.folder:
+            return
+        for segment in state["segments"]:
+            path, crc = self.path(segment), 0
+            if not path.is_file() or path.stat().st_size != segment["size"]:
+                raise Refused(f"{path} is missing or not as long as the checkpoint says")
+            with open(path, "rb") as f:
+                for x in self.pieces(segment):
+                    data = np.frombuffer(f.read(x.numel()), np.uint8)
+                    crc = zlib.crc32(data, crc)
+                    x.copy_(torch.from_numpy(data.copy()).view(x.dtype).view(x.shape))
+            if crc != segment["crc"]:
+                raise Refused(f"{path} is damaged: its checksum is not that of the checkpoint")
+        self.segments, self.saved = state["segments"], state["head"]
+        self.head.copy_(torch.tensor(self.saved))
+
+    def pieces(self, segment):
+        """Yields the parts of all tensors that a segment holds, at most 4096 slots at a time."""
+        for i, (k, end) in enumerate(zip(segment["first"], segment["end"])):
+            while k < end:
+                size = min(end - k, self.C - k % self.C, 4096)
+                for x in (self.frame, self.a, self.r, self.terminated, self.last, self.age):
+                    yield x[i, k % self.C:k % self.C + size]
+                k += size
+
+    def path(self, segment):
+        return self.folder / f"replay-{segment['number']:06}.bin"
+
+    def prune(self):
+        """Deletes the segments that the last checkpoint does not need."""
+        for path in set(self.folder.glob("replay-*.bin")) - set(map(self.path, self.segments)):
+            path.unlink()
+
+
+# === shared: environment ===
+FRAME_SKIP = 4
+
+
+def seeds(seed, step, purpose, n):
+    """(n,) seeds for a user's seed, an agent step and a purpose. (seed + k would share most.)"""
+    purpose = ("training", "evaluation", "noise", "evaluation noise", "refill").index(purpose)
+    return np.random.SeedSequence([seed, step, purpose]).generate_state(n) % 2**31
+
+
+class Atari:
+    """Games of one kind, stepped together. A lost life ends the learner's episode, not the game.
+
+    README.md, "The environment", says what each setting does and why it is so.
+    """
+
+    def __init__(self, args, num_envs):
+        self.envs = gym.make_vec(
+            args.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point",
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, num_threads=args.threads,
+            max_num_frames_per_episode=args.max_episode_frames,
+            repeat_action_probability=args.sticky,  # the emulator's own default is 0.25
+            life_loss_info=True,  # episodic_life=True would restart the game at every lost life
+            reward_clipping=False,  # the learner clips; here the true score would be lost
+        )
+        self.num_envs, self.n_actions = num_envs, int(self.envs.single_action_space.n)
+
+    def reset(self, seeds):
+        """Starts new games on (N,) seeds; returns obs (N, 4, 84, 84) uint8."""
+        obs, info = self.envs.reset(seed=seeds)
+        self.frame, self.score = info["episode_frame_number"], np.zeros(self.num_envs)
+        self.length = np.zeros(self.num_envs, np.int64)
+        return obs
+
+    def step(self, actions):
+        """Takes (N,) ints and returns what recv() does."""
+        self.send(actions)
+        return self.recv()
+
+    def send(self, actions):
+        """Starts a step, in threads of the emulator; recv() must follow.
+
+        Raises ValueError on an unknown action: the emulator would hang for good.
+        """
+        if actions.min() < 0 or actions.max() >= self.n_actions:
+            raise ValueError(f"actions {actions} are not all in 0..{self.n_actions - 1}")
+        self.envs.send(actions)
+
+    def recv(self):
+        """Ends a step; returns obs, reward, terminated, truncated, final_obs (None if not any).
+
+        Where a game ended, obs is the next one's first, and self.ended lists (index, score, length
+        in agent steps, cut by the time limit). final_obs is valid where truncated, else garbage.
+        """
+        obs, reward, terminated, truncated, info = self.envs.recv()
+        self.score, self.length = self.score + reward, self.length + 1
+        frame = info["episode_frame_number"]  # goes on through a lost life, restarts with the game
+        over, self.frame = truncated | (frame != self.frame + FRAME_SKIP), frame
+        played = zip(range(self.num_envs), self.score, self.length, truncated)
+        self.ended = [game for game in played if over[game[0]]]
+        self.score[over], self.length[over] = 0, 0
+        return obs, reward, terminated, truncated, info.get("final_obs")
+
+
+def play_games(act, args, step, device, stopped=lambda: False):
+    """Plays args.eval_episodes full games or a few more: every environment plays equally many.
+
+    act(obs, generator) -> (N,) actions; seeds and noise are evaluation's own. Returns the games as
+    (score, length, cut by the time limit), or None once stopped() is true.
+    """
+    if not args.eval_episodes:
+        return []
+    each = math.ceil(args.eval_episodes / args.num_envs)  # games per environment
+    envs = Atari(args, math.ceil(args.eval_episodes / each))
+    generator = torch.Generator(device)
+    generator.manual_seed(int(seeds(args.seed, step, "evaluation noise", 1)[0]))
+    obs = envs.reset(seeds(args.seed, step, "evaluation", envs.num_envs))
+    games = [[] for _ in obs]
+    while min(map(len, games)) < each:
+        actions = act(torch.from_numpy(obs).to(device), generator)
+        obs = envs.step(actions.cpu().numpy())[0]
+        for i, *game in envs.ended:
+            games[i].append(game)
+        if stopped():
+            return None
+    return [game for played in games for game in played[:each]]
+# === end shared ===
+
+
+# === shared: run ===
+FORMAT = 1  # of checkpoints
+RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
+                  eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
+                  save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
+FREE_ON_RESUME = {"total_timesteps", "device", "threads", "eval_every", "eval_episodes",
+                  "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
+KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
+        "updates")
+
+
+class Refused(Exception):
+    """What the user can put right, in one sentence; the command line prints it and exits with 2."""
+
+
+def main(Args, train, description):
+    """The command line; on --resume and --evaluate the flags not given are the checkpoint's."""
+    try:
+        description = re.sub(r"\n(?=\w)", "\n\n", description)  # or --help joins its lines
+        args = tyro.cli(Args, description=description)
+        if source := args.resume or args.evaluate:
+            saved = Args(**read_checkpoint(source)["args"])
+            args = tyro.cli(Args, description=description, default=saved)
+        train(args)
+    except (Refused, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, Refused) else 1)
+
+
+def check(args, limits):
+    """Raises Refused on the first flag whose value makes no sense."""
+    for name, (low, high) in limits.items():
+        if not low <= (value := getattr(args, name)) <= high:  # NaN fails this too
+            flag = "--" + name.replace("_", "-")
+            raise Refused(f"{flag} {value} is not between {low:,} and {high:,}")
+    games = {k[4:-3].lower(): k for k in gym.registry if k.startswith("ALE/")}
+    if args.env_id not in games.values():
+        name = re.sub(r"(-ram|NoFrameskip|Deterministic)*-v\d+$", "", args.env_id.split("/")[-1])
+        name = name.lower().replace("_", "")
+        near = [name] if name in games else difflib.get_close_matches(name, games, 3)
+        hint = " or ".join(games[k] for k in near) or "an id like ALE/Pong-v5"
+        raise Refused(f"--env-id {args.env_id} is not a game of the emulator; try {hint}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise Refused("--tensorboard needs the package: pip install tensorboard")
+    if args.evaluate and (args.resume or not args.eval_episodes):
+        raise Refused("--evaluate goes without --resume and with at least one of --eval-episodes")
+
+
+def read_checkpoint(path, device="cpu"):
+    """The checkpoint at a path, or in the run folder there. Raises Refused if it is of no use."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise Refused(f"there is no checkpoint at {path}")
+    try:  # weights_only: a downloaded checkpoint cannot run code
+        saved = torch.load(path, map_location=device, weights_only=True)
+        made_by = f"{saved['script']}.py in format {saved['format']}"
+    except Exception as e:
+        raise Refused(f"{path} cannot be read as a checkpoint ({type(e).__name__})") from e
+    if made_by != (this := f"{Path(__file__).stem}.py in format {FORMAT}"):
+        raise Refused(f"{path} was made by {made_by}, this is {this}")
+    return dict(saved, path=path.resolve())
+
+
+class Run:
+    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end."""
+
+    def __init__(self, args, limits):
+        check(args, limits | RUN_LIMITS)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(auto if args.device == "auto" else args.device)
+        source, horizon = args.resume or args.evaluate, args.schedule_timesteps
+        self.saved = read_checkpoint(source, self.device) if source else {}
+        self.args = dataclasses.replace(args, schedule_timesteps=horizon or args.total_timesteps)
+        self.step = self.updates = self.games_cut = self.signal = 0
+        self.done_at = dict(log=0, eval=0, checkpoint=0)  # agent step of the last one
+        self.last100, self.games = [], []  # (score, length) of 100 games, of those since the row
+        self.names, self.sums, self.first_bad, self.result = [], None, None, {}
+        self.folder = self.lock = self.board = None
+        if threads := args.threads or self.saved.get("threads"):
+            torch.set_num_threads(threads)  # the number of threads decides how sums are rounded
+        torch.manual_seed(args.seed)
+        if not args.evaluate:
+            self.open_folder()
+        self.began = self.saved_at = time.monotonic()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.getsignal(number)
+                signal.signal(number, self.on_signal)
+
+    def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in filter(None, (self.board, self.lock)):
+            file.close()
+
+    def on_signal(self, number, _):
+        self.signal = number  # goes_on() acts on it after the update
+        signal.signal(number, self.handlers[number])  # a second one acts at once
+
+    def open_folder(self):
+        """Makes the run's folder, or reopens it and cuts its logs back to the checkpoint."""
+        args, saved, script = self.args, self.saved, Path(__file__)
+        for name, value in saved.get("args", {}).items():
+            if name not in FREE_ON_RESUME and value != (given := getattr(args, name)):
+                raise Refused(f"--{name.replace('_', '-')} {given}: the run to resume has {value}")
+        if saved and args.total_timesteps < saved["step"]:
+            raise Refused(f"--total-timesteps {args.total_timesteps}: it is at {saved['step']}")
+        game, now = args.env_id.removeprefix("ALE/")[:-3], time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(args.runs_dir) / f"{game}__{script.stem}__seed{args.seed}__{now}"
+        folder = saved["path"].parent if saved else folder
+        while not saved and folder.exists():  # another run began in the same second
+            folder = folder.with_name(folder.name + "b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError as e:
+            raise Refused(f"another process is training in {folder}") from e
+        except OSError as e:
+            raise Refused(f"--runs-dir: cannot write to {folder} ({e.strerror})") from e
+        self.logs = {name: folder / f"{name}.csv" for name in ("metrics", "eval")}
+        sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
+        for name, path in self.logs.items():
+            path.touch()
+            if path.stat().st_size < sizes[name]:
+                raise Refused(f"{path} is shorter than when the checkpoint was saved")
+        for name, path in self.logs.items():
+            os.truncate(path, sizes[name])
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            purge = saved["step"] + 1 if saved else None
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
+        about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
+        (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
+        if not saved:
+            (folder / script.name).write_bytes(script.read_bytes())
+        self.folder = folder
+        say(f"{'resumes' if saved else 'writes'} {folder}, device {self.device}")
+        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
+            say("warning: --checkpoint-every restarts games before one of full length could end")
+        if args.total_timesteps > args.schedule_timesteps:
+            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
+
+    def restore(self, **parts):
+        """Names what a save holds besides the run's own state, and loads all of it if resuming."""
+        self.parts = parts
+        try:
+            for name, part in parts.items() if self.saved else ():
+                part.load_state_dict(self.saved[name])
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise Refused(f"{self.saved['path']} does not fit this script and game") from e
+        vars(self).update((name, self.saved[name]) for name in KEPT if self.saved)
+        self.row_step = self.line_step = self.step
+        self.row_at = self.line_at = time.monotonic()
+
+    def save(self, restarts=False):
+        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart."""
+        self.check_finite()
+        games_cut = self.games_cut + self.args.num_envs  # as resuming restarts them in any case
+        if restarts:
+            self.games_cut, self.done_at["checkpoint"] = games_cut, self.step
+        state = dict(format=FORMAT, script=Path(__file__).stem, threads=torch.get_num_threads(),
+                     args=vars(self.args) | dict(resume="", evaluate=""), wall=self.wall_time())
+        state |= {name: getattr(self, name) for name in KEPT} | dict(games_cut=games_cut, logs={})
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        for name, path in self.logs.items():
+            with open(path, "ab") as f:
+                os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
+                state["logs"][name] = f.tell()
+        if self.board:
+            self.board.flush()
+        with open(new := self.folder / "checkpoint.new", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, self.folder / "checkpoint.pt")
+        self.saved_at = time.monotonic()
+
+    def wall_time(self):
+        return self.saved.get("wall", 0.0) + time.monotonic() - self.began
+
+    def count_games(self, ended):
+        """Counts the games that Atari.step found ended."""
+        ended = [(float(score), int(length)) for _, score, length, _ in ended]
+        self.games, self.last100 = self.games + ended, (self.last100 + ended)[-100:]
+
+    def count(self, terms):
+        """Counts an update and adds its terms to the row's sums; the host does not wait for it."""
+        self.updates += 1
+        values = torch.stack(list(terms.values())).detach().double()
+        if self.updates == 1:
+            self.names, self.sums, self.first_bad = list(terms), torch.zeros_like(values), values
+        self.first_bad = torch.where(self.sums.isfinite().all(), values, self.first_bad)
+        self.sums = self.sums + values
+
+    def check_finite(self):
+        """Raises FloatingPointError, with its terms, if an update since the row was not finite."""
+        if self.updates and not self.sums.isfinite().all():
+            terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, self.first_bad.tolist()))
+            last = next(self.folder.glob("checkpoint.pt"), "not yet made")
+            raise FloatingPointError(f"an update by step {self.step} was not finite and left out "
+                                     f"({terms}); the last good checkpoint: {last}")
+
+    def means(self):
+        """The mean of each term over the updates since the last row, by name."""
+        self.check_finite()
+        return dict(zip(self.names, (self.sums / self.updates).tolist()))
+
+    def due(self, what):
+        """Whether a "log" row, "eval" or "checkpoint" is due; the first two also are at the end."""
+        every, done_at = getattr(self.args, f"{what}_every"), self.done_at[what]
+        last = what != "checkpoint" and self.step >= self.args.total_timesteps
+        return self.step > done_at and (last or every and self.step // every > done_at // every)
+
+    def log(self, terms):
+        """Writes a row of metrics.csv: speed, games ended since the last row, then the terms."""
+        now, last100 = time.monotonic(), summary(self.last100)
+        row = dict(sps=(self.step - self.row_step) / (now - self.row_at), episodes=len(self.games))
+        row |= summary(self.games) | {f"last100_{k}": v for k, v in last100.items()}
+        self.write("metrics", row | dict(games_cut=self.games_cut) | terms)
+        self.games, self.games_cut, self.updates = [], 0, 0
+        self.row_step, self.row_at, self.done_at["log"] = self.step, now, self.step
+
+    def evaluate(self, act, policy):
+        """Plays --eval-episodes games with act, writes a row of eval.csv and returns it."""
+        start = time.monotonic()
+        games = play_games(act, self.args, self.step, self.device, lambda: self.signal)
+        self.row_at += (taken := time.monotonic() - start)  # steps per second are those of training
+        self.line_at += taken
+        if self.signal:  # a run saves first and evaluates when it is resumed
+            return {} if self.folder else sys.exit(128 + self.signal)
+        self.done_at["eval"] = self.step
+        if not games:
+            return {}
+        self.result = dict(policy=policy, episodes=len(games), **summary(games),
+                           over_time_limit=sum(int(game[2]) for game in games))
+        say("evaluation at step {:,}: score {score_mean:.1f} +- {score_std:.1f} over {episodes} "
+            "games, {policy}".format(self.step, **self.result))
+        if self.folder:
+            self.write("eval", self.result)
+        return self.result
+
+    def write(self, log, row):
+        row = dict(step=self.step, frames=self.step * FRAME_SKIP, wall_time=self.wall_time(), **row)
+        with open(self.logs[log], "a", newline="") as f:
+            writer = csv.writer(f)
+            if f.tell() == 0:
+                writer.writerow(row)
+            writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
+        for key, value in row.items() if self.board else ():
+            if not isinstance(value, str):
+                self.board.add_scalar(f"{log}/{key}", value, self.step)
+
+    def goes_on(self, act, policy):
+        """Whether there is more to train. Evaluates if due, shows progress, saves by the clock.
+
+        On a signal it saves and raises SystemExit.
+        """
+        if self.due("eval"):
+            self.evaluate(act, policy)
+        if self.signal:
+            self.stop()
+        now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
+        if 0 < self.args.save_minutes * 60 < now - self.saved_at:
+            self.save()
+        if now - self.line_at > (0.5 if terminal else 5) and self.step > self.line_step:
+            sps = (self.step - self.line_step) / (now - self.line_at)
+            score, minutes = summary(self.last100)["score_mean"], (total - self.step) / sps / 60
+            say(f"step {self.step:,} of {total:,} ({self.step / total:.1%}), score {score:.1f}, "
+                f"{sps:.0f} steps/s, {minutes:.0f} min left", end="" if terminal else "\n")
+            self.line_step, self.line_at = self.step, now
+        return self.step < total
+
+    def stop(self):
+        """Saves and ends the process, as a signal asked for."""
+        self.save()
+        say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
+        raise SystemExit(128 + self.signal)
+
+    def finish(self):
+        """The last save; returns the final statistics."""
+        self.save()
+        say(f"done: {self.folder}")
+        result = {f"eval_{k}": v for k, v in self.result.items()}
+        return dict(step=self.step, folder=str(self.folder), **summary(self.last100), **result)
+
+
+def summary(games):
+    """Statistics of games (score, length, ...), NaN if there are none."""
+    score, length = np.array([game[:2] for game in games] or [(math.nan, math.nan)]).T
+    stats = dict(score_mean=score.mean(), score_std=score.std(), score_median=np.median(score),
+                 score_min=score.min(), score_max=score.max(), length_mean=length.mean())
+    return {k: float(v) for k, v in stats.items()}
+
+
+def say(text, end="\n"):
+    print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def provenance(device, args):
+    """Flags, code, versions and hardware, so that a result can be traced to what made it."""
+    git = [shutil.which("git") or "true", "-C", Path(__file__).resolve().parent]
+    git = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or platform.processor()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return dict(args=vars(args), command=sys.argv, time=time.ctime(), commit=git.stdout.strip(),
+                python=platform.python_version(), platform=platform.platform(), cpu=cpu,
+                cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
+                **{m.__name__: m.__version__ for m in (torch, np, gym, ale_py)})
+# === end shared ===
+
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "gymnasium>=1.1", "ale-py>=0.12.1", "numpy>=1.26", "tyro>=0.9"]
+# ///
+if __name__ == "__main__":
+    main(Args, train, __doc__)
