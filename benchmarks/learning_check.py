@@ -130,27 +130,38 @@ def report():
     return passed
 
 
+def training_curve(path, span=5):
+    """Agent steps and the mean score of the games that ended in the last `span` rows."""
+    rows = [row for row in csv.DictReader(open(path)) if int(row["episodes"])]
+    games = [(int(row["step"]), int(row["episodes"]), float(row["score_mean"])) for row in rows]
+    windows = [games[max(0, i - span + 1):i + 1] for i in range(len(games))]
+    return ([window[-1][0] for window in windows],
+            [sum(n * x for _, n, x in window) / sum(n for _, n, _ in window) for window in windows])
+
+
 def draw(base):
-    """results/krull/curves.png: evaluation scores of every arm, each seed and their mean."""
+    """results/krull/curves.png: training scores of each seed, evaluations as dots."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for style, arm in zip(("-", "--", "-.", ":") * 4, [a for a in ARMS if (RESULTS / a).exists()]):
-        curves = []
-        for path in sorted(RESULTS.glob(f"{arm}/seed*/eval.csv")):
-            rows = list(csv.DictReader(open(path)))
-            curves.append([float(row["score_mean"]) for row in rows])
-            steps = [int(row["step"]) for row in rows]
-        mean = [sum(scores) / len(scores) for scores in zip(*curves)]
-        line, = axes.plot(steps[:len(mean)], mean, style, lw=2, label=f"{arm}, {len(curves)} seeds")
-        for scores in curves:
-            axes.plot(steps[:len(scores)], scores, style, lw=0.7, alpha=0.5, color=line.get_color())
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    arms = [arm for arm in ARMS if (RESULTS / arm).exists()]
+    for style, arm in zip(("-", "--", "-.", ":") * len(arms), arms):
+        color = None
+        for folder in sorted(RESULTS.glob(f"{arm}/seed*")):
+            label = None if color else f"{arm}, {ARMS[arm].seeds} seeds"
+            line, = axes.plot(*training_curve(folder / "metrics.csv"), style, lw=1.2, color=color,
+                              label=label)
+            color = line.get_color()
+            rows = list(csv.DictReader(open(folder / "eval.csv")))
+            axes.plot([int(row["step"]) for row in rows], [float(row["score_mean"]) for row in rows],
+                      "o", ms=4, color=color)
     axes.axhline(base["random"], color="0.5", ls=":", label="random policy")
     axes.axhline(base["best_constant"], color="0.5", ls="--", label="best constant action")
-    axes.set(xlabel="agent steps (4 frames each)", ylabel="mean of 20 full games", title=GAME)
+    axes.set(xlabel="agent steps (4 frames each)", title=GAME,
+             ylabel="score in training; dots: 20 evaluation games")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.savefig(RESULTS / "curves.png", dpi=120, metadata={"Software": None})
 
 

@@ -1,11 +1,17 @@
 """How fast? Agent steps per second (4 emulator frames each), beside Stable-Baselines3 (SB3).
 
-    pip install -e '.[bench]' && python benchmarks/throughput.py --csv throughput.csv
+    pip install -e '.[bench]'
+    python benchmarks/throughput.py --csv a2c.csv
+    python benchmarks/throughput.py --only emulator soft_dqn sb3_dqn sb3_dqn_envs --num-envs 8 \
+        --steps 1600 --csv dqn.csv
 
     emulator      the games alone, actions uniformly random: the ceiling for learners on it
     a2c_proper    a2c_proper.py as it trains, with its log and without evaluations
     sb3           A2C of SB3 as its users run it on Atari, one process per environment
     sb3_our_envs  the same A2C on the emulator of a2c_proper.py, which leaves the learner's share
+    soft_dqn      soft_dqn.py as it trains, past learning_starts
+    sb3_dqn       DQN of SB3 as its users run it on Atari: one environment, an update in 4 steps
+    sb3_dqn_envs  the same with --num-envs processes and as many updates a step
 
 Every measurement is a process of its own, so that no contestant inherits the threads or the memory
 of another, and all of them take turns in every round, so that a load on the machine that comes and
@@ -24,7 +30,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,8 +39,12 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import a2c_proper  # noqa: E402
+import soft_dqn  # noqa: E402
 
-Name = Literal["emulator", "a2c_proper", "sb3", "sb3_our_envs"]
+Name = Literal["emulator", "a2c_proper", "sb3", "sb3_our_envs", "soft_dqn", "sb3_dqn",
+               "sb3_dqn_envs"]
+A2C = "emulator", "a2c_proper", "sb3", "sb3_our_envs"
+LEARNING_STARTS, MEMORY = 1000, 10_000  # of the DQNs; a larger memory is no slower, only larger
 
 
 @dataclasses.dataclass
@@ -45,7 +55,7 @@ class Args:
     rounds: int = 5  # measurements of every contestant
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: CUDA where it exists
     threads: int = 0  # CPU threads of PyTorch and of our emulator; 0: their own choice
-    only: tuple[Name, ...] = get_args(Name)  # contestants
+    only: tuple[Name, ...] = A2C  # contestants
     csv: str = ""  # file for the single measurements; a .json with the provenance goes beside it
 
 
@@ -108,9 +118,20 @@ def emulator(args):
     return measure(args, run)
 
 
-def our_script(args):
+def our_a2c(args):
+    return our_script(a2c_proper, ours(args), warm_up(args), args.steps)
+
+
+def our_dqn(args):
+    """The warm-up ends after learning_starts; the rest is the default, with updates in 4 steps."""
+    flags = soft_dqn.Args(env_id=args.env_id, num_envs=args.num_envs, threads=args.threads,
+                          device=args.device, learning_starts=LEARNING_STARTS, buffer_size=MEMORY)
+    return our_script(soft_dqn, flags, LEARNING_STARTS + args.num_envs * 50, args.steps)
+
+
+def our_script(script, flags, warm, steps):
     """Speed from metrics.csv; its first row, the warm-up, is where the measurement starts."""
-    cpu, log = [], a2c_proper.Run.log
+    cpu, log, at_end = [], script.Run.log, {}
 
     def log_and_look(run, terms):  # what metrics.csv lacks is read at the moment of its rows
         log(run, terms)
@@ -118,10 +139,11 @@ def our_script(args):
         if run.step >= run.args.total_timesteps:  # before train() returns and frees its memory
             at_end.update(memory())
 
-    a2c_proper.Run.log, at_end = log_and_look, {}
+    script.Run.log = log_and_look
     with tempfile.TemporaryDirectory() as runs_dir:
-        result = a2c_proper.train(ours(args, total_timesteps=warm_up(args) + args.steps,
-                                       log_every=warm_up(args), eval_episodes=0, runs_dir=runs_dir))
+        flags = dataclasses.replace(flags, total_timesteps=warm + steps, log_every=warm,
+                                    eval_episodes=0, runs_dir=runs_dir)
+        result = script.train(flags)
         with open(Path(result["folder"]) / "metrics.csv", newline="") as f:
             rows = list(csv.DictReader(f))
     steps, seconds = (float(rows[-1][k]) - float(rows[0][k]) for k in ("step", "wall_time"))
@@ -190,7 +212,36 @@ def sb3_our_envs(args):
     return sb3_a2c(args, OurVecEnv(ours(args)))
 
 
-CONTESTANTS = dict(emulator=emulator, a2c_proper=our_script, sb3=sb3, sb3_our_envs=sb3_our_envs)
+def sb3_dqn(args, num_envs=1):
+    """SB3's DQN with the settings of soft_dqn.py, without its memory's optional compression."""
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
+    game = args.env_id.removeprefix("ALE/")[:-3] + "NoFrameskip-v4"
+    envs = make_atari_env(game, num_envs, seed=1,
+                          vec_env_cls=SubprocVecEnv if num_envs > 1 else DummyVecEnv)
+    model = DQN("CnnPolicy", VecFrameStack(envs, 4), learning_rate=1e-4, batch_size=32, gamma=0.99,
+                train_freq=max(1, 4 // num_envs), gradient_steps=max(1, num_envs // 4), seed=1,
+                buffer_size=MEMORY, learning_starts=LEARNING_STARTS, max_grad_norm=10,
+                target_update_interval=40_000, device=args.device)
+
+    def run(steps):
+        before = model.num_timesteps
+        model.learn(steps, reset_num_timesteps=False)
+        return model.num_timesteps - before
+
+    run(LEARNING_STARTS)
+    result = measure(args, run)
+    envs.close()
+    return result
+
+
+def sb3_dqn_envs(args):
+    return sb3_dqn(args, args.num_envs)
+
+
+CONTESTANTS = dict(emulator=emulator, a2c_proper=our_a2c, sb3=sb3, sb3_our_envs=sb3_our_envs,
+                   soft_dqn=our_dqn, sb3_dqn=sb3_dqn, sb3_dqn_envs=sb3_dqn_envs)
 
 
 def measure_in_child(name, args):
@@ -212,12 +263,13 @@ def table(rows, names):
     """The rows of all rounds as the lines of a Markdown table."""
     of = {name: [row for row in rows if row["contestant"] == name] for name in names}
     speed = {name: [row["steps_per_s"] for row in of[name]] for name in names}
-    yield ("| contestant | steps/s | ratio to emulator | ratio to sb3 | CPU s per 1000 steps "
+    peer = "sb3_dqn" if "sb3_dqn" in names else "sb3"
+    yield (f"| contestant | steps/s | ratio to emulator | ratio to {peer} | CPU s per 1000 steps "
            "| RSS MiB | PSS MiB |")
     yield "|---|---|---|---|---|---|---|"
     for name in names:
         ratios = [spread([a / b for a, b in zip(speed[name], speed[base])], ".3g")
-                  if base in names else "-" for base in ("emulator", "sb3")]
+                  if base in names else "-" for base in ("emulator", peer)]
         keys = dict(cpu_s_per_1000_steps=".2f", rss_mib=".0f", pss_mib=".0f")
         usage = [format(statistics.median(r[k] for r in of[name]), f) for k, f in keys.items()]
         yield " | ".join((f"| {name}", spread(speed[name], ".0f"), *ratios, *usage)) + " |"
