@@ -4,10 +4,11 @@ Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and
          arXiv:1704.06440, sections 3.5 and 6.2, Figure 2. Equations 29, 30, 39, 44-46, 81-83;
          46, 82 and 83 are misprinted in the text and stand here corrected.
 Train:   python soft_dqn.py --env-id ALE/Pong-v5
-Arms:    --backup hard, soft-entropy or soft-kl, each with --n-step 1 or 5: the six of Figure 2
+Arms:    the six of Figure 2: --backup hard, alone and with --n-step 5, and --backup soft-entropy
+         and --backup soft-kl, each with --tau 0.1 and --tau 0.01
 Resume:  python soft_dqn.py --resume runs/Pong__soft_dqn__seed1__20260101-120000
 Score:   python soft_dqn.py --evaluate runs/Pong__soft_dqn__seed1__20260101-120000
-Expect:  Pong about 20 after 10M agent steps, from the published DQN scores (see README.md).
+Expect:  Pong about 20, as published for DQN; README.md has what was measured with this file.
 
 Shapes:  B transitions a minibatch, n steps each, from N environments; A actions, C slots a ring.
 Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,

@@ -154,8 +154,8 @@ def draw(base):
                               label=label)
             color = line.get_color()
             rows = list(csv.DictReader(open(folder / "eval.csv")))
-            axes.plot([int(row["step"]) for row in rows], [float(row["score_mean"]) for row in rows],
-                      "o", ms=4, color=color)
+            steps, scores = ([float(row[k]) for row in rows] for k in ("step", "score_mean"))
+            axes.plot(steps, scores, "o", ms=4, color=color)
     axes.axhline(base["random"], color="0.5", ls=":", label="random policy")
     axes.axhline(base["best_constant"], color="0.5", ls="--", label="best constant action")
     axes.set(xlabel="agent steps (4 frames each)", title=GAME,

@@ -41,7 +41,7 @@ def main():
         with torch.no_grad():
             return net(obs[T])[1]
 
-    for _ in range(45):
+    def update():
         timed(f"acting, {T} x {N}", act)
         V_n = timed("V(s_{t+n})", bootstrap)
         log_pi, V = timed(f"forward, {T * N}", lambda: net(obs[:T]))
@@ -51,6 +51,9 @@ def main():
         timed("backward", L.backward)
         timed("clip", lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5))
         timed("RMSProp", lambda: optimizer.step(torch.tensor(True)))
+
+    for _ in range(45):
+        update()
     print(f"| part | ms, {torch.get_num_threads()} threads |\n|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {1000 * statistics.median(values[5:]):.1f} |")

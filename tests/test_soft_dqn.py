@@ -3,6 +3,7 @@ import dataclasses
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 import soft_dqn
 from exact import MDP
-from test_run import checkpoint, equal, resumed, rows, tiny, train_until
+from test_run import checkpoint, equal, resumed, rows, small, tiny, train_until
 
 TAU, GAMMA = 0.3, 0.9
 
@@ -154,6 +155,18 @@ def test_targets_are_the_forward_sum_with_every_kind_of_ending(double, seed, tau
                 total += GAMMA ** (d + 1) * V[d, b]
                 break
         assert abs(y[b] - total) < 1e-10
+
+
+def test_the_printed_soft_targets_diverge_and_the_corrected_converge(double):
+    """Q(s) <- r + gamma V_Q(s) on one state: the printed forms answer Q + 1 with gamma / tau."""
+    r, tau, gamma = torch.tensor([[0.3, -0.2, 0.1]]), 0.2, 0.9
+    for log_pi_bar in (torch.zeros(3), torch.full((3,), -math.log(3))):
+        Q = printed = r
+        for _ in range(300):
+            Q = r + gamma * soft_dqn.soft_value(Q, log_pi_bar, tau)[:, None]
+            printed = r + gamma * (printed / tau + log_pi_bar).logsumexp(-1, keepdim=True)
+        again = r + gamma * soft_dqn.soft_value(Q, log_pi_bar, tau)[:, None]
+        assert (Q - again).abs().max() < 1e-10 and printed.abs().max() > 1e12
 
 
 def test_tau_to_zero_is_the_hard_maximum(double):
@@ -464,17 +477,32 @@ def test_flags_that_make_no_sense_are_refused(flags, text, tmp_path):
 
 
 # --- runs ---
-@pytest.mark.parametrize("flags", [
-    dict(backup="hard", tau=0.0), dict(backup="hard", n_step=5), dict(backup="soft-kl"),
-    dict(backup="soft-kl", n_step=5), dict(n_step=5, exploration="boltzmann", loss="square")],
-    ids=str)
-def test_every_arm_of_figure_2_trains(flags, tmp_path):
-    result = soft_dqn.train(tiny(soft_dqn, tmp_path, total_timesteps=200, **flags))
-    row = rows(result["folder"])[-1]
-    assert row["step"] == "200" and all(math.isfinite(float(row[name])) for name in soft_dqn.TERMS)
-    assert row["updates"] == "40"
-    hard = flags["backup"] == "hard" if "backup" in flags else False
-    assert (row["max_Q"] == row["V_Q"]) == hard
+SIX = ("--backup hard", "--backup hard --n-step 5", "--backup soft-entropy --tau 0.1",
+       "--backup soft-entropy --tau 0.01", "--backup soft-kl --tau 0.1",
+       "--backup soft-kl --tau 0.01")  # the arms of Figure 2
+MORE = ("--backup hard --tau 0", "--backup soft-kl --n-step 5",
+        "--n-step 3 --exploration boltzmann --loss square")
+
+
+@pytest.mark.parametrize("arm", SIX + MORE)
+def test_every_arm_trains_resumes_and_evaluates_from_the_command_line(arm, tmp_path, monkeypatch,
+                                                                      capsys):
+    def command(*flags):
+        monkeypatch.setattr(sys, "argv", ["soft_dqn.py", *flags])
+        soft_dqn.main(soft_dqn.Args, soft_dqn.train, soft_dqn.__doc__)
+
+    command(*small(soft_dqn), "--total-timesteps", "200", "--runs-dir", str(tmp_path), *arm.split())
+    folder, = tmp_path.iterdir()
+    command("--resume", str(folder), "--total-timesteps", "300")
+    row = rows(folder)[-1]
+    assert row["step"] == "300" and row["updates"] == "65"
+    assert all(math.isfinite(float(row[name])) for name in soft_dqn.TERMS)
+    assert (row["max_Q"] == row["V_Q"]) == ("hard" in arm)
+    saved = checkpoint(soft_dqn, folder)["args"]
+    for flag, value in zip(arm.split()[::2], arm.split()[1::2]):
+        assert str(saved[flag[2:].replace("-", "_")]).removesuffix(".0") == value
+    command("--evaluate", str(folder), "--eval-episodes", "2")
+    assert "evaluation at step 300" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 8])
