@@ -35,6 +35,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# === shared: waiting threads ===
+# Before torch is imported. By default its idle threads spin: where other programs, or the emulator,
+# want the cores, that cost nine tenths of the speed; on idle cores it gained nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# === end shared ===
+
 import ale_py
 import gymnasium as gym
 import numpy as np

@@ -1,4 +1,7 @@
 import importlib
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts, before torch
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ def test_shared_blocks_are_identical():
     first = {}
     for path in present():
         found = blocks(path)
-        assert {"run flags", "environment", "run"} <= found.keys(), path.name
+        assert {"waiting threads", "run flags", "environment", "run"} <= found.keys(), path.name
         for name, text in found.items():
             other, expected = first.setdefault(name, (path.name, text))
             diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), other, path.name,
