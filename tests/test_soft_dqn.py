@@ -466,7 +466,8 @@ def test_a_memory_that_does_not_fit_is_refused_with_both_numbers(monkeypatch, tm
     (dict(tau=0, backup="hard", exploration="boltzmann"), "--exploration boltzmann divides"),
     (dict(learning_starts=3), "--learning-starts 3 is too small for --num-envs 8"),
     (dict(buffer_size=40), "--buffer-size 40 is too small"),
-    (dict(num_envs=0), "--num-envs 0 is not between"), (dict(n_step=0), "--n-step 0 is not between"),
+    (dict(num_envs=0), "--num-envs 0 is not between"),
+    (dict(n_step=0), "--n-step 0 is not between"),
     (dict(batch_size=0), "--batch-size 0"), (dict(train_frequency=0), "--train-frequency 0"),
     (dict(target_network_frequency=0), "--target-network-frequency 0"),
     (dict(eval_epsilon=1.5), "--eval-epsilon 1.5")])
