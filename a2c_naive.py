@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 # === shared: waiting threads ===
-# Before torch is imported. By default its idle threads spin: where other programs, or the emulator,
-# want the cores, that cost nine tenths of the speed; on idle cores it gained nothing.
+# Before torch is imported. By default its idle threads spin, which takes the cores from the
+# emulator and from other programs: on a busy machine a run then nearly stands still.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # === end shared ===
 
