@@ -255,11 +255,15 @@ class ActorCritic(nn.Module):
                 nn.init.orthogonal_(layer.weight, 1.0 if head else math.sqrt(2))
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, obs):
-        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)."""
+    def features(self, obs):
+        """obs (..., 4, 84, 84) uint8 -> (..., 512)."""
         x = obs.flatten(end_dim=-4)  # uint8 until here: a quarter of the memory and of the copies
         x = x.to(torch.float32, memory_format=torch.channels_last) / 255
-        h = self.trunk(x).view(*obs.shape[:-3], 512)
+        return self.trunk(x).view(*obs.shape[:-3], 512)
+
+    def forward(self, obs):
+        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)."""
+        h = self.features(obs)
         return self.pi(h).log_softmax(-1), self.V(h).squeeze(-1)
 # === end shared ===
 

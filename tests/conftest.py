@@ -7,7 +7,7 @@ import pytest
 import torch
 
 A2C = ("a2c_naive", "a2c_proper")
-SCRIPTS = (*A2C, "soft_dqn")
+SCRIPTS = (*A2C, "soft_dqn", "pgql_equiv")
 
 
 @pytest.fixture(params=A2C)

@@ -1,0 +1,839 @@
+"""One network, one batch, two update rules: policy gradient and soft Q-learning are the same.
+
+Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
+         arXiv:1704.06440, sections 4 and 6.3, Figure 3. Equations 44, 46, 47, 55-65, 84-86;
+         46, 60, 63 and 64 are misprinted in the text and stand here corrected.
+Train:   python pgql_equiv.py --update ql --env-id ALE/Pong-v5 --total-timesteps 10000000
+Arms:    the two of Figure 3: --update pg and --update ql; section 4: --parameterization q
+Resume:  python pgql_equiv.py --resume runs/Pong__pgql_equiv__seed1__20260101-120000
+Score:   python pgql_equiv.py --evaluate runs/Pong__pgql_equiv__seed1__20260101-120000
+Expect:  Pong 17 to 20 then, as published for A2C; README.md has what was measured with this file.
+
+Shapes:  T steps of N environments, A actions. s_t is a stack of 4 frames, 84 x 84, uint8.
+Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
+         Delta_t the n-step advantage, V_hat_t the target of V, y_t that of Q, c the weight of V.
+"""
+import csv
+import dataclasses
+import difflib
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+# === shared: waiting threads ===
+# Before torch is imported. By default its idle threads spin, which takes the cores from the
+# emulator and from other programs: on a busy machine a run then nearly stands still.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# === end shared ===
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+
+# === the paper ===
+class Rollout(NamedTuple):
+    """What n = T steps of N environments leave behind, as tensors on the device."""
+
+    obs: torch.Tensor  # (T+1, N, 4, 84, 84) uint8, s_t; the last one is s_{t+n}
+    a: torch.Tensor  # (T, N) int64, a_t ~ pi_theta(. | s_t): from another policy all this fails
+    r: torch.Tensor  # (T, N) r_t, clipped to -1, 0, 1
+    terminated: torch.Tensor  # (T, N) 1 where a life or the game was lost: nothing follows, else 0
+    truncated: torch.Tensor  # (T, N) 1 where the time limit cut the game, else 0
+    V_final: torch.Tensor  # (T, N) V(the last observation of the cut game) where truncated, else 0
+
+
+class Samples(NamedTuple):
+    """What either rule needs to know of the samples (s_t, a_t); all (T, N)."""
+
+    log_pi: torch.Tensor  # log pi(a_t | s_t)
+    log_ratio: torch.Tensor  # log pi(a_t | s_t) - log pi_bar(a_t | s_t)
+    KL: torch.Tensor  # KL_t = KL[pi || pi_bar](s_t)
+    V: torch.Tensor  # V(s_t)
+    V_hat: torch.Tensor  # V_hat_t, held fixed
+
+
+def policy_and_value(Q, log_pi_bar, tau):
+    """The log pi and V that a Q has, Eq. 55 and 56; (..., A) -> (..., A), (...)."""
+    top = Q.max(-1, keepdim=True).values  # taken out, or Q / tau would lose its last digits
+    logits = (Q - top) / tau + log_pi_bar
+    V = top.squeeze(-1) + tau * logits.logsumexp(-1)  # V = tau log E_{a ~ pi_bar} exp(Q / tau)
+    return logits.log_softmax(-1), V  # pi = pi_bar exp((Q - V) / tau)
+
+
+def kl_divergence(log_pi, log_pi_bar):
+    """KL[pi || pi_bar](s), (..., A) -> (...). With log_pi_bar = 0 it is minus the entropy of pi."""
+    return (log_pi.exp() * (log_pi - log_pi_bar)).sum(-1)
+
+
+def n_step_returns(r, terminated, truncated, V_final, V_n, gamma):
+    """sum_d gamma^d r_{t+d} + gamma^n V(s_{t+n}) of Eq. 54 for any r; all (T, N), but V_n (N,).
+
+    The sum ends where the game does; where the time limit cut it, V of its last state stands in.
+    """
+    R, returns = V_n, []
+    for t in reversed(range(len(r))):
+        R = torch.where(truncated[t] > 0, V_final[t], R)
+        R = r[t] + gamma * (1 - terminated[t]) * R
+        returns.append(R)
+    return torch.stack(returns[::-1])
+
+
+def samples(log_pi, V, rollout, V_n, log_pi_bar, tau, gamma):
+    """log_pi (T, N, A) and V (T, N) of the network, V_n (N,) -> Samples.
+
+    log_pi_bar (A,) or (): 0 pays the entropy of pi, -log A charges its KL from uniform. Targets and
+    log_ratio take it from here, and so cannot follow different conventions: that would add
+    -tau log A E[grad V] to the Q gradient.
+    """
+    _, a, r, terminated, truncated, V_final = rollout
+    log_pi_a = log_pi.gather(-1, a.unsqueeze(-1)).squeeze(-1)
+    KL = kl_divergence(log_pi, log_pi_bar)
+    r = r - tau * KL  # the regulariser is in the returns, the live s_t's own included
+    V_hat = n_step_returns(r, terminated, truncated, V_final, V_n, gamma).detach()  # Eq. 54
+    log_ratio = (log_pi - log_pi_bar).gather(-1, a.unsqueeze(-1)).squeeze(-1)
+    return Samples(log_pi_a, log_ratio, KL, V, V_hat)
+
+
+def pg_loss(x, tau, c):
+    """The policy gradient: L of Eq. 86 for each sample, (T, N); as a2c_proper.py."""
+    Delta = (x.V_hat - x.V).detach()
+    L_policy = -x.log_pi * Delta + tau * x.KL  # Eq. 84
+    L_value = 0.5 * (x.V - x.V_hat).square()  # Eq. 85
+    return L_policy + c * L_value  # Eq. 86
+
+
+def q_error(x, tau):
+    """e_t = Q(s_t, a_t) - y_t, Eq. 60 and 61: tau (log_ratio - KL_t) - Delta_t; (T, N)."""
+    Q = x.V + tau * x.log_ratio  # Eq. 57
+    y = x.V_hat + tau * x.KL  # Eq. 46, 47: Q(s_t, a_t) is regularised from s_{t+1} on only
+    return Q - y
+
+
+def ql_loss(x, tau, c):
+    """Soft Q-learning: what descends Eq. 44 for each sample, (T, N), with two weights.
+
+    grad Q = tau grad log pi + grad V (Eq. 57). The first, the advantage stream, is weighted by
+    1/tau (section 6.3 prints 1/gamma), the second by c. With c = 1/tau this is 1/tau times Eq. 59.
+    """
+    e = q_error(x, tau).detach()
+    return e * (x.log_pi + c * x.V)  # Eq. 62
+
+
+def gap(x, tau, c):
+    """(T, N) whose gradient is that of ql_loss minus that of pg_loss, for each sample.
+
+    Rewards, n and Delta have cancelled. It is of order tau, and 0 on average over a_t ~ pi, for
+    each s_t by itself: then E[log_ratio] = KL and E[grad log pi log_ratio] = grad KL, which takes
+    Eq. 62 to 65.
+    """
+    excess = (x.log_ratio - x.KL).detach()
+    return tau * (excess * x.log_pi - x.KL) + c * tau * excess * x.V
+
+
+def sample(log_pi, gumbel):
+    """a ~ pi by the Gumbel-max rule, (..., A) -> (...) int64."""
+    return (log_pi + gumbel).argmax(-1)
+
+
+# === flags ===
+@dataclasses.dataclass
+class Args:
+    env_id: str = "ALE/Pong-v5"  # game, ALE/<Game>-v5
+    total_timesteps: int = 80_000_000  # agent steps over all environments, 4 frames each
+    schedule_timesteps: int = 0  # agent steps until the learning rate is 0; 0: total-timesteps
+    update: Literal["pg", "ql"] = "ql"  # policy gradient, Eq. 84-86, or soft Q-learning, Eq. 44
+    parameterization: Literal["dueling", "q"] = "dueling"  # pi and V heads, or one Q head (Eq. 55)
+    compare_every: int = 125  # batches between comparisons of the two gradients; 0: none
+    tau: float = 0.01  # temperature of the regulariser, in units of clipped reward
+    regularizer: Literal["entropy", "kl"] = "entropy"  # log pi_bar = 0, or -log|A| (uniform)
+    gamma: float = 0.99  # discount per agent step
+    num_envs: int = 16  # environments stepped together (N)
+    num_steps: int = 5  # agent steps per environment and update (n, T)
+    learning_rate: float = 7e-4  # RMSProp step size at the start, decays linearly
+    vf_coef: float | Literal["theory"] = 0.5  # c, weight of the value stream; theory: 1/tau
+    max_grad_norm: float = 0.5  # largest norm of the gradient, all parameters together
+    # === shared: run flags ===
+    seed: int = 1  # network, sampling noise and environments derive from it
+    sticky: float = 0.0  # probability that the emulator repeats the last action
+    max_episode_frames: int = 108_000  # time limit of a game, emulator frames
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
+    threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
+    log_every: int = 10_000  # agent steps per row of metrics.csv
+    eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
+    eval_episodes: int = 20  # full games per evaluation; 0: none
+    checkpoint_every: int = 2_000_000  # agent steps between saves that restart the games; 0: none
+    save_minutes: float = 10.0  # wall time between saves that leave the games alone; 0: none
+    resume: str = ""  # run folder or checkpoint to go on from, with the flags it was started with
+    evaluate: str = ""  # run folder or checkpoint to play --eval-episodes games with, no training
+    runs_dir: str = "runs"  # where a new run makes its folder
+    tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+    # === end shared ===
+
+
+LIMITS = dict(total_timesteps=(1, 1e12), schedule_timesteps=(0, 1e12), tau=(0, 1e6), gamma=(0, 1),
+              num_envs=(1, 1024), num_steps=(1, 1000), learning_rate=(0, 1e6), vf_coef=(0, 1e6),
+              max_grad_norm=(1e-12, 1e12), compare_every=(0, 1e12))
+COMPARED = "cosine", "norm_ratio", "gap", "gap_predicted", "gap_error"  # in metrics.csv
+
+
+# === algorithm ===
+def train(args):
+    """Trains until args.total_timesteps, or with args.evaluate only evaluates; returns statistics.
+
+    Raises Refused on flags that make no sense or a checkpoint that does not fit, FloatingPointError
+    if losses are not finite, SystemExit after a save if SIGINT or SIGTERM comes.
+    """
+    with closing(Run(args, check_flags(args))) as run:
+        args, device, T, N = run.args, run.device, run.args.num_steps, run.args.num_envs
+        envs = Atari(args, N)
+        A = envs.n_actions
+        constant = {"entropy": 0.0, "kl": -math.log(A)}[args.regularizer]
+        log_pi_bar = torch.full((A,), constant, device=device)  # alone decides the convention
+        dueling = args.parameterization == "dueling"
+        net = ActorCritic(A) if dueling else SoftQ(A, log_pi_bar, args.tau)
+        net = net.to(device, memory_format=torch.channels_last)
+        optimizer = RMSpropTF(net.parameters(), torch.tensor(args.learning_rate, device=device))
+        noise = torch.Generator(device)
+        c = 1 / args.tau if args.vf_coef == "theory" else args.vf_coef
+        K, zero = args.compare_every, torch.zeros((), device=device)
+
+        @torch.no_grad()
+        def act(obs, generator):  # (N, 4, 84, 84) -> (N,)
+            return sample(net(obs)[0], gumbel_noise((len(obs), A), generator))
+
+        run.restore(net=net, optimizer=optimizer)
+        if args.evaluate:
+            return run.evaluate(act, "sampled from pi")
+
+        obs = torch.zeros((T + 1, N, *OBS_SHAPE), dtype=torch.uint8, device=device)
+        actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+        host = np.zeros((3, T, N), np.float32)  # reward, terminated, truncated: one copy a rollout
+        obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
+
+        while run.goes_on(act, "sampled from pi"):
+            # rollout: n steps with the current policy, for either rule
+            obs[0] = obs[T]
+            noise.manual_seed(int(seeds(args.seed, run.step, "noise", 1)[0]))  # no state to save
+            gumbel = gumbel_noise((T, N, A), noise)
+            V_final = torch.zeros((T, N), device=device)
+            for t in range(T):
+                with torch.no_grad():
+                    actions[t] = sample(net(obs[t])[0], gumbel[t])
+                s, reward, terminated, truncated, final_s = envs.step(actions[t].cpu().numpy())
+                obs[t + 1] = torch.from_numpy(s)
+                host[:, t] = np.sign(reward), terminated, truncated
+                if truncated.any():  # rare; s already is the next game's, final_s the cut game's
+                    cut = torch.from_numpy(truncated).to(device)
+                    with torch.no_grad():
+                        V_final[t, cut] = net(torch.from_numpy(final_s).to(device)[cut])[1]
+                run.count_games(envs.ended)
+            r, terminated, truncated = torch.tensor(host, device=device)
+            rollout = Rollout(obs, actions, r, terminated, truncated, V_final)
+
+            # targets and loss
+            with torch.no_grad():
+                V_n = net(obs[T])[1]  # (N,) V(s_{t+n})
+            fixed = rollout, V_n, log_pi_bar, args.tau, args.gamma
+            compared = dict.fromkeys(("compared", *COMPARED), zero)
+            if K and (run.step // (T * N) + 1) % K == 0:
+                with full_precision():  # its own pass: the update does not depend on K
+                    x = samples(*net(obs[:T]), *fixed)
+                    compared = compare_gradients(x, args.tau, c, net.parameters())
+                compared["compared"] = zero + 1
+            x = samples(*net(obs[:T]), *fixed)
+            L = {"pg": pg_loss, "ql": ql_loss}[args.update](x, args.tau, c).mean()
+
+            # step
+            lr = args.learning_rate * max(0.0, 1 - run.step / args.schedule_timesteps)
+            optimizer.param_groups[0]["lr"].fill_(lr)
+            optimizer.zero_grad()
+            L.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+            optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
+            terms = dict(loss=L, **statistics(x, args.tau), grad_norm=norm)
+            run.count(terms | compared)
+            run.step += T * N
+
+            # log, save
+            if run.due("log"):
+                row = run.means()
+                row["explained_variance"] = explained_variance(row)
+                row["entropy"] = -row.pop("KL") - constant
+                row["KL_uniform"] = math.log(A) - row["entropy"]
+                share = row.pop("compared")
+                row |= {k: row[k] / share if share else math.nan for k in COMPARED}
+                run.log(dict(row, learning_rate=lr))
+            if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
+                run.save(restarts=True)
+                obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
+        return run.finish()
+
+
+@torch.no_grad()
+def statistics(x, tau):
+    """Means over a batch for metrics.csv, the same under either rule."""
+    Delta = x.V_hat - x.V
+    terms = dict(policy_loss=pg_loss(x, tau, 0.0), value_loss=0.5 * Delta.square(),
+                 q_loss=0.5 * q_error(x, tau).square(), KL=x.KL, V=x.V, V_hat=x.V_hat,
+                 V_hat_sq=x.V_hat.square(), Delta=Delta, Delta_sq=Delta.square())
+    return {name: term.mean() for name, term in terms.items()}
+
+
+def compare_gradients(x, tau, c, parameters):
+    """Both gradients of the batch mean at the same parameters, their gap measured and predicted.
+
+    Returns 0-dim tensors; the gaps are norms relative to that of the policy gradient. gap_error,
+    the norm of the difference of the two gaps, is what rounding leaves, some 1e-6 in float32.
+    """
+    parameters, gradients = list(parameters), []
+    for loss in (pg_loss, ql_loss, gap):
+        g = torch.autograd.grad(loss(x, tau, c).mean(), parameters, retain_graph=True)
+        gradients.append(torch.cat([part.flatten() for part in g]).double())
+    g_pg, g_ql, predicted = gradients
+    measured, (pg, ql) = g_ql - g_pg, (g.norm().clamp(min=1e-30) for g in (g_pg, g_ql))
+    return dict(cosine=g_pg @ g_ql / (pg * ql), norm_ratio=ql / pg, gap=measured.norm() / pg,
+                gap_predicted=predicted.norm() / pg, gap_error=(measured - predicted).norm() / pg)
+
+
+@contextmanager
+def full_precision():
+    """Convolutions without TF32, in which a GPU computes them otherwise: it keeps three digits."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def check_flags(args):
+    """Raises Refused where flags do not go together; returns the limits of those with a number."""
+    for flag, divides in (("--parameterization q", args.parameterization == "q"),
+                          ("--vf-coef theory", args.vf_coef == "theory")):
+        if divides and args.tau < 1e-6:
+            raise Refused(f"--tau {args.tau:g}: {flag} divides by it; use at least 1e-6")
+    return {name: limit for name, limit in LIMITS.items() if getattr(args, name) != "theory"}
+
+
+def gumbel_noise(shape, generator):
+    """Standard Gumbel noise on the generator's device."""
+    noise = torch.empty(shape, device=generator.device)
+    return -noise.exponential_(generator=generator).log()
+
+
+def explained_variance(row):
+    """Takes the moments out of a row of means; returns 1 - Var(V_hat - V) / Var(V_hat), or NaN."""
+    variance = row.pop("V_hat_sq") - row["V_hat"] ** 2
+    residual = row.pop("Delta_sq") - row.pop("Delta") ** 2
+    return 1 - residual / variance if variance > 0 else math.nan
+
+
+# === shared: network ===
+OBS_SHAPE = (4, 84, 84)  # four frames, oldest first
+
+
+class ActorCritic(nn.Module):
+    """Policy and value head on the trunk of Mnih et al. (2015), no padding: 3136 features.
+
+    Orthogonal weights with gain sqrt(2), 1 in both heads, and zero biases, as the authors' A2C.
+    """
+
+    def __init__(self, n_actions):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(),
+        )
+        self.pi, self.V = nn.Linear(512, n_actions), nn.Linear(512, 1)
+        for layer in (*self.trunk, self.pi, self.V):
+            if hasattr(layer, "weight"):
+                head = layer is self.pi or layer is self.V
+                nn.init.orthogonal_(layer.weight, 1.0 if head else math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def features(self, obs):
+        """obs (..., 4, 84, 84) uint8 -> (..., 512)."""
+        x = obs.flatten(end_dim=-4)  # uint8 until here: a quarter of the memory and of the copies
+        x = x.to(torch.float32, memory_format=torch.channels_last) / 255
+        return self.trunk(x).view(*obs.shape[:-3], 512)
+
+    def forward(self, obs):
+        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)."""
+        h = self.features(obs)
+        return self.pi(h).log_softmax(-1), self.V(h).squeeze(-1)
+# === end shared ===
+
+
+# === network of section 4 ===
+class SoftQ(ActorCritic):
+    """One network Q_theta on the same trunk; V and pi follow from it.
+
+    The gain of its head is tau, so that the logits Q / tau, and with them the first policy, are
+    those that ActorCritic has on the same seed.
+    """
+
+    def __init__(self, n_actions, log_pi_bar, tau):
+        super().__init__(n_actions)
+        self.Q, self.log_pi_bar, self.tau = self.pi, log_pi_bar, tau
+        del self.pi, self.V
+        self.Q.weight.data.mul_(tau)
+
+    def forward(self, obs):
+        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)."""
+        return policy_and_value(self.Q(self.features(obs)), self.log_pi_bar, self.tau)
+
+
+# === shared: RMSProp ===
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as TensorFlow 1 computed it: mean square from one, epsilon inside the root.
+
+    torch.optim.RMSprop (from zero, outside) makes the first updates thousands of times larger.
+    lr is a 0-dim tensor, which a captured graph can read anew.
+    """
+
+    def __init__(self, params, lr, decay=0.99, eps=1e-5):
+        super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["mean_square"] = torch.ones_like(p)
+
+    @torch.no_grad()
+    def step(self, finite):
+        """One update, or none where finite, a () bool tensor, is False: the host need not look."""
+        for group in self.param_groups:
+            lr = group["lr"] * finite
+            for p in group["params"]:  # in place: new memory costs more than the arithmetic
+                mean_square, g = self.state[p]["mean_square"], p.grad.nan_to_num_(0.0, 0.0, 0.0)
+                mean_square.lerp_(g * g, finite.to(g.dtype) * (1 - group["decay"]))
+                p.sub_((mean_square + group["eps"]).rsqrt_().mul_(g).mul_(lr))
+# === end shared ===
+
+
+# === shared: environment ===
+FRAME_SKIP = 4
+
+
+def seeds(seed, step, purpose, n):
+    """(n,) seeds for a user's seed, an agent step and a purpose. (seed + k would share most.)"""
+    purpose = ("training", "evaluation", "noise", "evaluation noise", "refill").index(purpose)
+    return np.random.SeedSequence([seed, step, purpose]).generate_state(n) % 2**31
+
+
+class Atari:
+    """Games of one kind, stepped together. A lost life ends the learner's episode, not the game.
+
+    README.md, "The environment", says what each setting does and why it is so.
+    """
+
+    def __init__(self, args, num_envs):
+        self.envs = gym.make_vec(
+            args.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point",
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, num_threads=args.threads,
+            max_num_frames_per_episode=args.max_episode_frames,
+            repeat_action_probability=args.sticky,  # the emulator's own default is 0.25
+            life_loss_info=True,  # episodic_life=True would restart the game at every lost life
+            reward_clipping=False,  # the learner clips; here the true score would be lost
+        )
+        self.num_envs, self.n_actions = num_envs, int(self.envs.single_action_space.n)
+
+    def reset(self, seeds):
+        """Starts new games on (N,) seeds; returns obs (N, 4, 84, 84) uint8."""
+        obs, info = self.envs.reset(seed=seeds)
+        self.frame, self.score = info["episode_frame_number"], np.zeros(self.num_envs)
+        self.length = np.zeros(self.num_envs, np.int64)
+        return obs
+
+    def step(self, actions):
+        """Takes (N,) ints and returns what recv() does."""
+        self.send(actions)
+        return self.recv()
+
+    def send(self, actions):
+        """Starts a step, in threads of the emulator; recv() must follow.
+
+        Raises ValueError on an unknown action: the emulator would hang for good.
+        """
+        if actions.min() < 0 or actions.max() >= self.n_actions:
+            raise ValueError(f"actions {actions} are not all in 0..{self.n_actions - 1}")
+        self.envs.send(actions)
+
+    def recv(self):
+        """Ends a step; returns obs, reward, terminated, truncated, final_obs (None if not any).
+
+        Where a game ended, obs is the next one's first, and self.ended lists (index, score, length
+        in agent steps, cut by the time limit). final_obs is valid where truncated, else garbage.
+        """
+        obs, reward, terminated, truncated, info = self.envs.recv()
+        self.score, self.length = self.score + reward, self.length + 1
+        frame = info["episode_frame_number"]  # goes on through a lost life, restarts with the game
+        over, self.frame = truncated | (frame != self.frame + FRAME_SKIP), frame
+        played = zip(range(self.num_envs), self.score, self.length, truncated)
+        self.ended = [game for game in played if over[game[0]]]
+        self.score[over], self.length[over] = 0, 0
+        return obs, reward, terminated, truncated, info.get("final_obs")
+
+
+def play_games(act, args, step, device, stopped=lambda: False):
+    """Plays args.eval_episodes full games or a few more: every environment plays equally many.
+
+    act(obs, generator) -> (N,) actions; seeds and noise are evaluation's own. Returns the games as
+    (score, length, cut by the time limit), or None once stopped() is true.
+    """
+    if not args.eval_episodes:
+        return []
+    each = math.ceil(args.eval_episodes / args.num_envs)  # games per environment
+    envs = Atari(args, math.ceil(args.eval_episodes / each))
+    generator = torch.Generator(device)
+    generator.manual_seed(int(seeds(args.seed, step, "evaluation noise", 1)[0]))
+    obs = envs.reset(seeds(args.seed, step, "evaluation", envs.num_envs))
+    games = [[] for _ in obs]
+    while min(map(len, games)) < each:
+        actions = act(torch.from_numpy(obs).to(device), generator)
+        obs = envs.step(actions.cpu().numpy())[0]
+        for i, *game in envs.ended:
+            games[i].append(game)
+        if stopped():
+            return None
+    return [game for played in games for game in played[:each]]
+# === end shared ===
+
+
+# === shared: run ===
+FORMAT = 1  # of checkpoints
+RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
+                  eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
+                  save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
+FREE_ON_RESUME = {"total_timesteps", "device", "threads", "eval_every", "eval_episodes",
+                  "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
+KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
+        "updates")
+
+
+class Refused(Exception):
+    """What the user can put right, in one sentence; the command line prints it and exits with 2."""
+
+
+def main(Args, train, description):
+    """The command line; on --resume and --evaluate the flags not given are the checkpoint's."""
+    try:
+        description = re.sub(r"\n(?=\w)", "\n\n", description)  # or --help joins its lines
+        args = tyro.cli(Args, description=description)
+        if source := args.resume or args.evaluate:
+            saved = Args(**read_checkpoint(source)["args"])
+            args = tyro.cli(Args, description=description, default=saved)
+        train(args)
+    except (Refused, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, Refused) else 1)
+
+
+def check(args, limits):
+    """Raises Refused on the first flag whose value makes no sense."""
+    for name, (low, high) in limits.items():
+        if not low <= (value := getattr(args, name)) <= high:  # NaN fails this too
+            flag = "--" + name.replace("_", "-")
+            raise Refused(f"{flag} {value} is not between {low:,} and {high:,}")
+    games = {k[4:-3].lower(): k for k in gym.registry if k.startswith("ALE/")}
+    if args.env_id not in games.values():
+        name = re.sub(r"(-ram|NoFrameskip|Deterministic)*-v\d+$", "", args.env_id.split("/")[-1])
+        name = name.lower().replace("_", "")
+        near = [name] if name in games else difflib.get_close_matches(name, games, 3)
+        hint = " or ".join(games[k] for k in near) or "an id like ALE/Pong-v5"
+        raise Refused(f"--env-id {args.env_id} is not a game of the emulator; try {hint}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise Refused("--tensorboard needs the package: pip install tensorboard")
+    if args.evaluate and (args.resume or not args.eval_episodes):
+        raise Refused("--evaluate goes without --resume and with at least one of --eval-episodes")
+
+
+def read_checkpoint(path, device="cpu"):
+    """The checkpoint at a path, or in the run folder there. Raises Refused if it is of no use."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise Refused(f"there is no checkpoint at {path}")
+    try:  # weights_only: a downloaded checkpoint cannot run code
+        saved = torch.load(path, map_location=device, weights_only=True)
+        made_by = f"{saved['script']}.py in format {saved['format']}"
+    except Exception as e:
+        raise Refused(f"{path} cannot be read as a checkpoint ({type(e).__name__})") from e
+    if made_by != (this := f"{Path(__file__).stem}.py in format {FORMAT}"):
+        raise Refused(f"{path} was made by {made_by}, this is {this}")
+    return dict(saved, path=path.resolve())
+
+
+class Run:
+    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end."""
+
+    def __init__(self, args, limits):
+        check(args, limits | RUN_LIMITS)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(auto if args.device == "auto" else args.device)
+        source, horizon = args.resume or args.evaluate, args.schedule_timesteps
+        self.saved = read_checkpoint(source, self.device) if source else {}
+        self.args = dataclasses.replace(args, schedule_timesteps=horizon or args.total_timesteps)
+        self.step = self.updates = self.games_cut = self.signal = 0
+        self.done_at = dict(log=0, eval=0, checkpoint=0)  # agent step of the last one
+        self.last100, self.games = [], []  # (score, length) of 100 games, of those since the row
+        self.names, self.sums, self.first_bad, self.result = [], None, None, {}
+        self.folder = self.lock = self.board = None
+        if threads := args.threads or self.saved.get("threads"):
+            torch.set_num_threads(threads)  # the number of threads decides how sums are rounded
+        torch.manual_seed(args.seed)
+        if not args.evaluate:
+            self.open_folder()
+        self.began = self.saved_at = time.monotonic()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.getsignal(number)
+                signal.signal(number, self.on_signal)
+
+    def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in filter(None, (self.board, self.lock)):
+            file.close()
+
+    def on_signal(self, number, _):
+        self.signal = number  # goes_on() acts on it after the update
+        signal.signal(number, self.handlers[number])  # a second one acts at once
+
+    def open_folder(self):
+        """Makes the run's folder, or reopens it and cuts its logs back to the checkpoint."""
+        args, saved, script = self.args, self.saved, Path(__file__)
+        for name, value in saved.get("args", {}).items():
+            if name not in FREE_ON_RESUME and value != (given := getattr(args, name)):
+                raise Refused(f"--{name.replace('_', '-')} {given}: the run to resume has {value}")
+        if saved and args.total_timesteps < saved["step"]:
+            raise Refused(f"--total-timesteps {args.total_timesteps}: it is at {saved['step']}")
+        game, now = args.env_id.removeprefix("ALE/")[:-3], time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(args.runs_dir) / f"{game}__{script.stem}__seed{args.seed}__{now}"
+        folder = saved["path"].parent if saved else folder
+        while not saved and folder.exists():  # another run began in the same second
+            folder = folder.with_name(folder.name + "b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError as e:
+            raise Refused(f"another process is training in {folder}") from e
+        except OSError as e:
+            raise Refused(f"--runs-dir: cannot write to {folder} ({e.strerror})") from e
+        self.logs = {name: folder / f"{name}.csv" for name in ("metrics", "eval")}
+        sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
+        for name, path in self.logs.items():
+            path.touch()
+            if path.stat().st_size < sizes[name]:
+                raise Refused(f"{path} is shorter than when the checkpoint was saved")
+        for name, path in self.logs.items():
+            os.truncate(path, sizes[name])
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            purge = saved["step"] + 1 if saved else None
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
+        about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
+        (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
+        if not saved:
+            (folder / script.name).write_bytes(script.read_bytes())
+        self.folder = folder
+        say(f"{'resumes' if saved else 'writes'} {folder}, device {self.device}")
+        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
+            say("warning: --checkpoint-every restarts games before one of full length could end")
+        if args.total_timesteps > args.schedule_timesteps:
+            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
+
+    def restore(self, **parts):
+        """Names what a save holds besides the run's own state, and loads all of it if resuming."""
+        self.parts = parts
+        try:
+            for name, part in parts.items() if self.saved else ():
+                part.load_state_dict(self.saved[name])
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise Refused(f"{self.saved['path']} does not fit this script and game") from e
+        vars(self).update((name, self.saved[name]) for name in KEPT if self.saved)
+        self.row_step = self.line_step = self.step
+        self.row_at = self.line_at = time.monotonic()
+
+    def save(self, restarts=False):
+        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart."""
+        self.check_finite()
+        games_cut = self.games_cut + self.args.num_envs  # as resuming restarts them in any case
+        if restarts:
+            self.games_cut, self.done_at["checkpoint"] = games_cut, self.step
+        state = dict(format=FORMAT, script=Path(__file__).stem, threads=torch.get_num_threads(),
+                     args=vars(self.args) | dict(resume="", evaluate=""), wall=self.wall_time())
+        state |= {name: getattr(self, name) for name in KEPT} | dict(games_cut=games_cut, logs={})
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        for name, path in self.logs.items():
+            with open(path, "ab") as f:
+                os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
+                state["logs"][name] = f.tell()
+        if self.board:
+            self.board.flush()
+        with open(new := self.folder / "checkpoint.new", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, self.folder / "checkpoint.pt")
+        self.saved_at = time.monotonic()
+
+    def wall_time(self):
+        return self.saved.get("wall", 0.0) + time.monotonic() - self.began
+
+    def count_games(self, ended):
+        """Counts the games that Atari.step found ended."""
+        ended = [(float(score), int(length)) for _, score, length, _ in ended]
+        self.games, self.last100 = self.games + ended, (self.last100 + ended)[-100:]
+
+    def count(self, terms):
+        """Counts an update and adds its terms to the row's sums; the host does not wait for it."""
+        self.updates += 1
+        values = torch.stack(list(terms.values())).detach().double()
+        if self.updates == 1:
+            self.names, self.sums, self.first_bad = list(terms), torch.zeros_like(values), values
+        self.first_bad = torch.where(self.sums.isfinite().all(), values, self.first_bad)
+        self.sums = self.sums + values
+
+    def check_finite(self):
+        """Raises FloatingPointError, with its terms, if an update since the row was not finite."""
+        if self.updates and not self.sums.isfinite().all():
+            terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, self.first_bad.tolist()))
+            last = next(self.folder.glob("checkpoint.pt"), "not yet made")
+            raise FloatingPointError(f"an update by step {self.step} was not finite and left out "
+                                     f"({terms}); the last good checkpoint: {last}")
+
+    def means(self):
+        """The mean of each term over the updates since the last row, by name."""
+        self.check_finite()
+        return dict(zip(self.names, (self.sums / self.updates).tolist()))
+
+    def due(self, what):
+        """Whether a "log" row, "eval" or "checkpoint" is due; the first two also are at the end."""
+        every, done_at = getattr(self.args, f"{what}_every"), self.done_at[what]
+        last = what != "checkpoint" and self.step >= self.args.total_timesteps
+        return self.step > done_at and (last or every and self.step // every > done_at // every)
+
+    def log(self, terms):
+        """Writes a row of metrics.csv: speed, games ended since the last row, then the terms."""
+        now, last100 = time.monotonic(), summary(self.last100)
+        row = dict(sps=(self.step - self.row_step) / (now - self.row_at), episodes=len(self.games))
+        row |= summary(self.games) | {f"last100_{k}": v for k, v in last100.items()}
+        self.write("metrics", row | dict(games_cut=self.games_cut) | terms)
+        self.games, self.games_cut, self.updates = [], 0, 0
+        self.row_step, self.row_at, self.done_at["log"] = self.step, now, self.step
+
+    def evaluate(self, act, policy):
+        """Plays --eval-episodes games with act, writes a row of eval.csv and returns it."""
+        start = time.monotonic()
+        games = play_games(act, self.args, self.step, self.device, lambda: self.signal)
+        self.row_at += (taken := time.monotonic() - start)  # steps per second are those of training
+        self.line_at += taken
+        if self.signal:  # a run saves first and evaluates when it is resumed
+            return {} if self.folder else sys.exit(128 + self.signal)
+        self.done_at["eval"] = self.step
+        if not games:
+            return {}
+        self.result = dict(policy=policy, episodes=len(games), **summary(games),
+                           over_time_limit=sum(int(game[2]) for game in games))
+        say("evaluation at step {:,}: score {score_mean:.1f} +- {score_std:.1f} over {episodes} "
+            "games, {policy}".format(self.step, **self.result))
+        if self.folder:
+            self.write("eval", self.result)
+        return self.result
+
+    def write(self, log, row):
+        row = dict(step=self.step, frames=self.step * FRAME_SKIP, wall_time=self.wall_time(), **row)
+        with open(self.logs[log], "a", newline="") as f:
+            writer = csv.writer(f)
+            if f.tell() == 0:
+                writer.writerow(row)
+            writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
+        for key, value in row.items() if self.board else ():
+            if not isinstance(value, str):
+                self.board.add_scalar(f"{log}/{key}", value, self.step)
+
+    def goes_on(self, act, policy):
+        """Whether there is more to train. Evaluates if due, shows progress, saves by the clock.
+
+        On a signal it saves and raises SystemExit.
+        """
+        if self.due("eval"):
+            self.evaluate(act, policy)
+        if self.signal:
+            self.stop()
+        now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
+        if 0 < self.args.save_minutes * 60 < now - self.saved_at:
+            self.save()
+        if now - self.line_at > (0.5 if terminal else 5) and self.step > self.line_step:
+            sps = (self.step - self.line_step) / (now - self.line_at)
+            score, minutes = summary(self.last100)["score_mean"], (total - self.step) / sps / 60
+            say(f"step {self.step:,} of {total:,} ({self.step / total:.1%}), score {score:.1f}, "
+                f"{sps:.0f} steps/s, {minutes:.0f} min left", end="" if terminal else "\n")
+            self.line_step, self.line_at = self.step, now
+        return self.step < total
+
+    def stop(self):
+        """Saves and ends the process, as a signal asked for."""
+        self.save()
+        say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
+        raise SystemExit(128 + self.signal)
+
+    def finish(self):
+        """The last save; returns the final statistics."""
+        self.save()
+        say(f"done: {self.folder}")
+        result = {f"eval_{k}": v for k, v in self.result.items()}
+        return dict(step=self.step, folder=str(self.folder), **summary(self.last100), **result)
+
+
+def summary(games):
+    """Statistics of games (score, length, ...), NaN if there are none."""
+    score, length = np.array([game[:2] for game in games] or [(math.nan, math.nan)]).T
+    stats = dict(score_mean=score.mean(), score_std=score.std(), score_median=np.median(score),
+                 score_min=score.min(), score_max=score.max(), length_mean=length.mean())
+    return {k: float(v) for k, v in stats.items()}
+
+
+def say(text, end="\n"):
+    print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def provenance(device, args):
+    """Flags, code, versions and hardware, so that a result can be traced to what made it."""
+    git = [shutil.which("git") or "true", "-C", Path(__file__).resolve().parent]
+    git = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or platform.processor()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return dict(args=vars(args), command=sys.argv, time=time.ctime(), commit=git.stdout.strip(),
+                python=platform.python_version(), platform=platform.platform(), cpu=cpu,
+                cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
+                **{m.__name__: m.__version__ for m in (torch, np, gym, ale_py)})
+# === end shared ===
+
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "gymnasium>=1.1", "ale-py>=0.12.1", "numpy>=1.26", "tyro>=0.9"]
+# ///
+if __name__ == "__main__":
+    main(Args, train, __doc__)

@@ -1,0 +1,392 @@
+"""The paper's sections 4 and 6.3: the two gradients through the script's own functions, float64."""
+import csv
+import importlib
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+
+import pgql_equiv
+from exact import MDP, Model
+from test_run import checkpoint, equal, rows, tiny
+
+TAU, GAMMA, C = 0.3, 0.9, 0.5
+COMPARED = {"cosine", "norm_ratio", "gap", "gap_predicted", "gap_error"}
+
+
+class Separate(Model):
+    """log pi and V of two networks that share nothing."""
+
+    def __init__(self, mdp, seed):
+        first, second = Model(mdp, seed), Model(mdp, seed + 1)
+        self.models, self.weights = (first, second), first.weights + second.weights
+
+    def __call__(self):
+        return self.models[0]()[0], self.models[1]()[1]
+
+
+class OneQ(Model):
+    """Section 4: log pi and V of one Q, by the script's own function."""
+
+    def __init__(self, mdp, seed):
+        super().__init__(mdp, seed)
+        self.log_pi_bar = mdp.log_pi_bar
+
+    def Q(self):
+        trunk, pi, _ = self.weights
+        return trunk.tanh() @ pi
+
+    def __call__(self):
+        return pgql_equiv.policy_and_value(self.Q(), self.log_pi_bar, TAU)
+
+
+MODELS = {"shared trunk": Model, "two networks": Separate, "one Q": OneQ}
+
+
+def paths_from(mdp, start, n, policy):
+    """Every path of n steps from a state as one batch: states (n+1, P), actions, probability."""
+    steps = range(mdp.A), range(mdp.S)
+    paths = torch.tensor(list(itertools.product([start], *(steps * n)))).T
+    s, a = paths[0::2], paths[1::2]
+    return s, a, (policy[s[:-1], a] * mdp.p[s[:-1], a, s[1:]]).prod(0)
+
+
+def batch_of(mdp, model, s, a, log_pi_bar=None, tau=TAU):
+    """The script's Samples of a batch of paths."""
+    log_pi, V = model()
+    here, zeros = s[:-1], torch.zeros(a.shape)
+    rollout = pgql_equiv.Rollout(None, a, mdp.r[here, a], mdp.ends[here, a], zeros, zeros)
+    log_pi_bar = mdp.log_pi_bar[here] if log_pi_bar is None else log_pi_bar
+    return pgql_equiv.samples(log_pi[here], V[here], rollout, V[s[-1]].detach(), log_pi_bar, tau,
+                              GAMMA)
+
+
+def first_step(loss, x, weight, model, c=C):
+    """The gradient of the weighted sum of a loss over the first samples of the paths."""
+    return model.gradient((weight * loss(x, TAU, c)[0]).sum())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_expected_gradients_are_equal_in_each_state(double, kind, n):
+    """Eq. 58-65: averaged over a_t ~ pi, exactly, for every s_t by itself; endings inside."""
+    for seed in range(3):
+        mdp = MDP(seed)
+        model = MODELS[kind](mdp, seed + 50)
+        for start in range(mdp.S):
+            s, a, p = paths_from(mdp, start, n, model()[0].detach().exp())
+            assert abs(p.sum() - 1) < 1e-12
+            x = batch_of(mdp, model, s, a)
+            for c in (C, 1 / TAU):
+                pg, ql = (first_step(f, x, p, model, c)
+                          for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+                assert pg.norm() > 1e-2 and (ql - pg).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_expected_gradients_differ_where_actions_are_not_from_pi(double, kind):
+    """So the test above can fail, and the check on a training run can."""
+    mdp = MDP(0)
+    model = MODELS[kind](mdp, 50)
+    other = torch.full((mdp.S, mdp.A), 1 / mdp.A)
+    s, a, p = paths_from(mdp, 1, 2, other)
+    x = batch_of(mdp, model, s, a)
+    pg, ql = (first_step(f, x, p, model) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+    assert (ql - pg).abs().max() > 1e-2
+
+
+def printed(which, x, tau, c):
+    """The soft Q loss with one of the paper's misprints."""
+    e = pgql_equiv.q_error(x, tau).detach()
+    if which == "1/gamma":  # section 6.3: tau / gamma in place of 1 on the advantage stream
+        return e * (tau / GAMMA * x.log_pi + c * x.V)
+    if which == "60":  # y with -tau KL
+        return (e + 2 * tau * x.KL).detach() * (x.log_pi + c * x.V)
+    return tau * (2 * x.KL.detach() * x.log_pi) + e * (x.log_pi + c * x.V)  # 63, its (*) term
+
+
+def test_what_is_printed_in_equations_60_64_and_section_6_3_is_not_equal(double):
+    mdp = MDP(1)
+    model = Model(mdp, 51)
+    s, a, p = paths_from(mdp, 2, 2, model()[0].detach().exp())
+    x = batch_of(mdp, model, s, a)
+    pg = first_step(pgql_equiv.pg_loss, x, p, model)
+
+    def distance(loss):
+        return (first_step(loss, x, p, model) - pg).abs().max()
+
+    assert distance(lambda *rest: printed("1/gamma", *rest)) > 1e-2
+    assert distance(lambda *rest: printed("60", *rest)) > 1e-2
+    assert distance(lambda *rest: printed("63", *rest)) < 1e-12, "E[grad log pi KL] is 0"
+    wrong_sign = first_step(lambda x, tau, c: pgql_equiv.pg_loss(x, tau, c) - 2 * tau * x.KL,
+                            x, p, model)  # Eq. 64
+    assert (wrong_sign - pg).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_gap_is_what_the_gradients_of_each_sample_differ_by(double, kind, n):
+    """To 1e-12 for any actions, endings and horizons, and it is not zero."""
+    mdp = MDP(3)
+    model = MODELS[kind](mdp, 53)
+    g = torch.Generator().manual_seed(n)
+    s, a = (torch.randint(k, (n + more, 4), generator=g) for k, more in ((mdp.S, 1), (mdp.A, 0)))
+    x = batch_of(mdp, model, s, a)
+    losses = [f(x, TAU, C) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap)]
+    for t, i in itertools.product(range(n), range(4)):
+        pg, ql, gap = (model.gradient(loss[t, i]) for loss in losses)
+        assert (ql - pg - gap).abs().max() < 1e-12 and gap.norm() > 1e-3
+
+
+def test_gap_depends_on_neither_rewards_nor_targets(double):
+    mdp = MDP(4)
+    model = Model(mdp, 54)
+    s, a = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
+    x = batch_of(mdp, model, s, a)
+    other = x._replace(V_hat=x.V_hat + torch.tensor([[3.0, -7.0]]))
+    for y in (x, other):
+        pg, ql, gap = (model.gradient(f(y, TAU, C).sum())
+                       for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap))
+        assert (ql - pg - gap).abs().max() < 1e-12
+    assert torch.equal(pgql_equiv.gap(x, TAU, C), pgql_equiv.gap(other, TAU, C))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_theory_is_the_gradient_of_equation_44_over_tau(double, kind):
+    """c = 1/tau: the semi-gradient of 1/2 (Q - y)^2 for each sample, Eq. 59, times 1/tau."""
+    mdp = MDP(5)
+    model = MODELS[kind](mdp, 55)
+    s, a = torch.tensor([[0, 1, 2], [2, 0, 0], [1, 1, 2]]), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    x, (log_pi, V) = batch_of(mdp, model, s, a), model()
+    Q = V[:, None] + TAU * (log_pi - mdp.log_pi_bar)
+    if kind == "one Q":
+        assert (Q - model.Q()).abs().max() < 1e-12, "Eq. 57"
+        Q = model.Q()
+    y = x.V_hat + TAU * x.KL.detach()
+    square = 0.5 * (Q[s[:-1], a] - y).square()
+    loss = pgql_equiv.ql_loss(x, TAU, 1 / TAU)
+    for t, i in itertools.product(range(2), range(3)):
+        assert (model.gradient(square[t, i]) / TAU - model.gradient(loss[t, i])).abs().max() < 1e-12
+
+
+def test_q_target_is_equation_46_forward(double):
+    """y_t = r_t + sum_{0<d<n} gamma^d (r - tau KL)_{t+d} + gamma^n V(s_{t+n}), forward."""
+    mdp = MDP(6, endings=False)
+    model = Model(mdp, 56)
+    s, a = torch.tensor([[0], [2], [1], [1]]), torch.tensor([[1], [0], [1]])
+    x, (log_pi, V) = batch_of(mdp, model, s, a), model()
+    KL = (log_pi.exp() * (log_pi - mdp.log_pi_bar)).sum(-1)
+    Q = V[:, None] + TAU * (log_pi - mdp.log_pi_bar)
+    for t in range(3):
+        y = GAMMA ** (3 - t) * V[s[3, 0]]
+        for d in range(3 - t):
+            k = t + d
+            y = y + GAMMA**d * (mdp.r[s[k, 0], a[k, 0]] - (TAU * KL[s[k, 0]] if d else 0))
+        assert abs(pgql_equiv.q_error(x, TAU)[t, 0] - (Q[s[t, 0], a[t, 0]] - y)) < 1e-12
+
+
+def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):
+    """Q = V + tau log pi (entropy) with targets that charge the KL from uniform."""
+    mdp = MDP(7)
+    model = Model(mdp, 57)
+    uniform = torch.tensor(-math.log(mdp.A))
+    for start in range(mdp.S):
+        s, a, p = paths_from(mdp, start, 2, model()[0].detach().exp())
+        kl = batch_of(mdp, model, s, a, uniform)
+        mixed = kl._replace(log_ratio=kl.log_pi)
+        pg = first_step(pgql_equiv.pg_loss, kl, p, model)
+        ql = first_step(pgql_equiv.ql_loss, mixed, p, model)
+        cost = first_step(lambda x, tau, c: -c * tau * math.log(2) * x.V, kl, p, model)
+        assert (ql - pg - cost).abs().max() < 1e-12 and cost.norm() > 1e-2
+        for log_pi_bar in (uniform, torch.tensor(0.0)):  # either by itself is exact
+            x = batch_of(mdp, model, s, a, log_pi_bar)
+            pg, ql = (first_step(f, x, p, model) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+            assert (ql - pg).abs().max() < 1e-12
+
+
+def test_targets_carry_no_gradient(double):
+    mdp = MDP(8)
+    model = Model(mdp, 58)
+    s, a = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
+    log_pi, V = (x[s[:-1]].detach().requires_grad_() for x in model())
+    V_n, V_final = torch.ones(2, requires_grad=True), torch.ones(1, 2, requires_grad=True)
+    rollout = pgql_equiv.Rollout(None, a, torch.ones(1, 2), torch.zeros(1, 2),
+                                 torch.tensor([[1.0, 0.0]]), V_final)
+    x = pgql_equiv.samples(log_pi, V, rollout, V_n, mdp.log_pi_bar[s[:-1]], TAU, GAMMA)
+    for loss in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap):
+        grads = torch.autograd.grad(loss(x, TAU, C).sum(), (V_n, V_final), retain_graph=True,
+                                    allow_unused=True)
+        assert grads == (None, None)
+
+
+@pytest.mark.parametrize("tau, size", [(1.0, 1.0), (0.01, 10.0), (1e-4, 1e4)])
+def test_policy_and_value_are_equations_55_to_57(double, tau, size):
+    g = torch.Generator().manual_seed(0)
+    Q, log_pi_bar = size * torch.randn(20, 5, generator=g), torch.randn(5).log_softmax(-1)
+    log_pi, V = pgql_equiv.policy_and_value(Q, log_pi_bar, tau)
+    assert (log_pi.exp().sum(-1) - 1).abs().max() < 1e-12
+    back = V[:, None] + tau * (log_pi - log_pi_bar)
+    assert ((back - Q).abs().max() / size) < 1e-12
+    if tau == 1.0:
+        assert (V - (log_pi_bar.exp() * Q.exp()).sum(-1).log()).abs().max() < 1e-12
+    single = pgql_equiv.policy_and_value(Q.float(), log_pi_bar.float(), tau)
+    assert single[0].isfinite().all() and (single[1] - V).abs().max() < 1e-5 * size
+
+
+def test_compare_measures_the_gradients_themselves(double):
+    """Against autograd of a tiny model."""
+    mdp = MDP(9)
+    model = Model(mdp, 59)
+    g = torch.Generator().manual_seed(0)
+    s, a = torch.randint(3, (4, 6), generator=g), torch.randint(2, (3, 6), generator=g)
+    x = batch_of(mdp, model, s, a)
+    got = pgql_equiv.compare_gradients(x, TAU, C, model.weights)
+    pg, ql = (model.gradient(f(x, TAU, C).mean()) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+    assert got.keys() == COMPARED and got["gap_error"] < 1e-12
+    assert abs(got["cosine"] - torch.cosine_similarity(pg, ql, dim=0)) < 1e-12
+    assert abs(got["norm_ratio"] - ql.norm() / pg.norm()) < 1e-12
+    assert abs(got["gap"] - (ql - pg).norm() / pg.norm()) < 1e-12
+    assert abs(got["gap_predicted"] - got["gap"]) < 1e-12 and got["gap"] > 1e-3
+
+
+# --- training ---
+SHORT = dict(total_timesteps=200, num_envs=4, log_every=40, compare_every=2)
+
+
+def test_policy_gradient_trains_the_very_network_of_a2c_proper(tmp_path):
+    """Bit for bit, with every flag that the two share."""
+    a2c_proper = importlib.import_module("a2c_proper")
+    flags = dict(SHORT, regularizer="kl", tau=0.05)
+    ours = pgql_equiv.train(tiny(pgql_equiv, tmp_path / "a", update="pg", **flags))["folder"]
+    del flags["compare_every"]
+    theirs = a2c_proper.train(tiny(a2c_proper, tmp_path / "b", **flags))["folder"]
+    for name in ("net", "optimizer"):
+        assert equal(checkpoint(pgql_equiv, ours)[name], checkpoint(a2c_proper, theirs)[name])
+    for mine, other in zip(rows(ours), rows(theirs), strict=True):
+        assert mine.keys() - other.keys() == COMPARED | {"q_loss"} and other.keys() <= mine.keys()
+        for key in other.keys() - {"loss", "policy_loss", "entropy", "KL_uniform"}:
+            assert mine[key] == other[key], key
+        for key in ("loss", "policy_loss", "entropy"):
+            assert float(mine[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("regularizer", ["entropy", "kl"])
+@pytest.mark.parametrize("parameterization", ["dueling", "q"])
+@pytest.mark.parametrize("update", ["pg", "ql"])
+def test_live_proof_on_atari_data(tmp_path, update, parameterization, regularizer):
+    """The measured gap is the predicted one to 1e-5 of the gradient in every batch of a run."""
+    seen, compare = [], pgql_equiv.compare_gradients
+
+    def watched(*rest):
+        seen.append(compare(*rest))
+        return seen[-1]
+
+    flags = dict(SHORT, update=update, parameterization=parameterization, regularizer=regularizer,
+                 tau=0.1, compare_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pgql_equiv, "compare_gradients", watched)
+        folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **flags))["folder"]
+    assert len(seen) == 10
+    for batch in seen:
+        assert batch["gap_error"] < 1e-5 and batch["gap"] > 1e-4
+    logged = rows(folder)
+    for i, row in enumerate(logged):  # two batches a row
+        for key in COMPARED:
+            mean = (seen[2 * i][key] + seen[2 * i + 1][key]) / 2
+            assert float(row[key]) == pytest.approx(mean.item(), rel=1e-5)
+    assert len(logged) == 5
+
+
+def test_a_wrong_prediction_shows_in_the_log(tmp_path, monkeypatch):
+    """With the sign of Eq. 64 as printed the error is not rounding."""
+    gap = pgql_equiv.gap
+    monkeypatch.setattr(pgql_equiv, "gap", lambda x, tau, c: gap(x, tau, c) + 2 * tau * x.KL)
+    folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **SHORT))["folder"]
+    assert all(float(row["gap_error"]) > 1e-4 for row in rows(folder))
+
+
+def test_comparing_does_not_disturb_training(tmp_path):
+    folders = [pgql_equiv.train(tiny(pgql_equiv, tmp_path / str(k), **(SHORT | dict(
+        compare_every=k))))["folder"] for k in (0, 3)]
+    a, b = ([{k: v for k, v in row.items() if k not in COMPARED} for row in rows(folder)]
+            for folder in folders)
+    assert a == b
+    nets = [checkpoint(pgql_equiv, folder)["net"] for folder in folders]
+    assert equal(*nets)
+    assert {row["cosine"] for row in rows(folders[0])} == {"nan"}
+    compared = [row["cosine"] != "nan" for row in rows(folders[1])]  # batches 3, 6, 9 of 2 a row
+    assert compared == [False, True, True, False, True]
+
+
+def test_the_two_rules_learn_differently_but_from_the_same_first_batch(tmp_path):
+    flags = dict(SHORT, log_every=20, tau=0.1)
+    pg, ql = (rows(pgql_equiv.train(tiny(pgql_equiv, tmp_path / u, update=u, **flags))["folder"])
+              for u in ("pg", "ql"))
+    for key in ("policy_loss", "value_loss", "q_loss", "V", "V_hat", "entropy"):
+        assert pg[0][key] == ql[0][key], key
+    assert pg[0]["grad_norm"] != ql[0]["grad_norm"] and pg[-1]["V"] != ql[-1]["V"]
+
+
+@pytest.mark.parametrize("regularizer", ["entropy", "kl"])
+def test_both_parameterizations_begin_with_the_same_policy(regularizer):
+    """The Q head has gain tau, so the logits Q / tau are those of the policy head."""
+    A, tau = 6, 0.01
+    log_pi_bar = torch.full((A,), 0.0 if regularizer == "entropy" else -math.log(A))
+    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    torch.manual_seed(3)
+    dueling = pgql_equiv.ActorCritic(A)
+    torch.manual_seed(3)
+    one_q = pgql_equiv.SoftQ(A, log_pi_bar, tau)
+    with torch.no_grad():
+        (log_pi, _), (other, V) = dueling(obs), one_q(obs)
+        Q = one_q.Q(one_q.features(obs))
+    entropies = [-(x.exp() * x).sum(-1) for x in (log_pi, other)]
+    assert (log_pi - other).abs().max() < 1e-4 and log_pi.std() > 0.05
+    assert (entropies[0] - entropies[1]).abs().max() < 1e-4
+    assert (V[:, None] + tau * (other - log_pi_bar) - Q).abs().max() < 1e-5
+    w = one_q.Q.weight.detach()
+    assert torch.allclose(w @ w.T, tau**2 * torch.eye(A), atol=1e-7) and not one_q.Q.bias.any()
+    assert {name.split(".")[0] for name in one_q.state_dict()} == {"trunk", "Q"}
+
+
+@pytest.mark.parametrize("flags, text", [
+    ("--tau 0 --parameterization q", "--tau 0: --parameterization q divides by it"),
+    ("--tau 0 --vf-coef theory", "--tau 0: --vf-coef theory divides by it"),
+    ("--vf-coef practice", "practice"), ("--vf-coef -1", "--vf-coef -1"),
+    ("--update sarsa", "sarsa"), ("--parameterization duel", "duel"),
+    ("--compare-every -1", "--compare-every -1"), ("--tau inf", "--tau inf")])
+def test_bad_flags(flags, text, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pgql_equiv.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        pgql_equiv.main(pgql_equiv.Args, pgql_equiv.train, pgql_equiv.__doc__)
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and text in out.err + out.out and not list(tmp_path.iterdir())
+
+
+def test_theory_trains_and_resumes_from_the_command_line(tmp_path, monkeypatch):
+    """c is 1/tau in the loss that is descended; the flag survives a checkpoint."""
+    seen, ql_loss = set(), pgql_equiv.ql_loss
+    monkeypatch.setattr(pgql_equiv, "ql_loss",
+                        lambda x, tau, c: seen.add((tau, c)) or ql_loss(x, tau, c))
+    args = tiny(pgql_equiv, tmp_path, **SHORT, vf_coef="theory", tau=0.02)
+    folder = pgql_equiv.train(args)["folder"]
+    assert seen == {(0.02, 50.0)}
+    monkeypatch.setattr(sys, "argv", ["pgql_equiv.py", "--resume", folder,
+                                      "--total-timesteps", "240"])
+    pgql_equiv.main(pgql_equiv.Args, pgql_equiv.train, pgql_equiv.__doc__)
+    assert seen == {(0.02, 50.0)} and rows(folder)[-1]["step"] == "240"
+    with open(f"{folder}/metrics.csv", newline="") as f:
+        assert all(math.isfinite(float(row["loss"])) for row in csv.DictReader(f))
+
+
+def test_tau_zero_is_the_plain_policy_gradient_under_both_rules(double):
+    """Dueling allows it: the gap is of order tau."""
+    mdp = MDP(2)
+    model = Model(mdp, 52)
+    s, a = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
+    x = batch_of(mdp, model, s, a, tau=0.0)
+    pg, ql = (model.gradient(f(x, 0.0, C).sum()) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+    assert (pg - ql).abs().max() < 1e-12 and pg.norm() > 1e-2
