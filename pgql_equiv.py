@@ -1,10 +1,12 @@
-"""One network, one batch, two update rules: policy gradient and soft Q-learning are the same.
+"""One network, one batch, two update rules: policy gradient and soft Q-learning, compared.
 
 Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
-         arXiv:1704.06440, sections 4 and 6.3, Figure 3. Equations 44, 46, 47, 55-65, 84-86;
-         46, 60, 63 and 64 are misprinted in the text and stand here corrected.
+         arXiv:1704.06440, sections 4 and 6.3, Figure 3. Equations 21, 44, 46, 47, 54-65, 84-86;
+         46, 54, 60, 63, 64 and the 1/gamma of section 6.3 are misprinted in the text and stand
+         here corrected. The two gradients are equal on average over actions, not on a batch.
 Train:   python pgql_equiv.py --update ql --env-id ALE/Pong-v5 --total-timesteps 10000000
-Arms:    the two of Figure 3: --update pg and --update ql; section 4: --parameterization q
+Arms:    the two of Figure 3: --update pg and --update ql;
+         section 4 as it stands: --update ql --parameterization q --vf-coef theory
 Resume:  python pgql_equiv.py --resume runs/Pong__pgql_equiv__seed1__20260101-120000
 Score:   python pgql_equiv.py --evaluate runs/Pong__pgql_equiv__seed1__20260101-120000
 Expect:  Pong 17 to 20 then, as published for A2C; README.md has what was measured with this file.
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,7 +54,7 @@ class Rollout(NamedTuple):
     """What n = T steps of N environments leave behind, as tensors on the device."""
 
     obs: torch.Tensor  # (T+1, N, 4, 84, 84) uint8, s_t; the last one is s_{t+n}
-    a: torch.Tensor  # (T, N) int64, a_t ~ pi_theta(. | s_t): from another policy all this fails
+    a: torch.Tensor  # (T, N) int64, a_t ~ pi_theta(. | s_t), or the averages differ
     r: torch.Tensor  # (T, N) r_t, clipped to -1, 0, 1
     terminated: torch.Tensor  # (T, N) 1 where a life or the game was lost: nothing follows, else 0
     truncated: torch.Tensor  # (T, N) 1 where the time limit cut the game, else 0
@@ -71,7 +73,7 @@ class Samples(NamedTuple):
 
 def policy_and_value(Q, log_pi_bar, tau):
     """The log pi and V that a Q has, Eq. 55 and 56; (..., A) -> (..., A), (...)."""
-    top = Q.max(-1, keepdim=True).values  # taken out, or Q / tau would lose its last digits
+    top = Q.detach().max(-1, keepdim=True).values  # taken out, or Q / tau would lose digits
     logits = (Q - top) / tau + log_pi_bar
     V = top.squeeze(-1) + tau * logits.logsumexp(-1)  # V = tau log E_{a ~ pi_bar} exp(Q / tau)
     return logits.log_softmax(-1), V  # pi = pi_bar exp((Q - V) / tau)
@@ -99,8 +101,8 @@ def samples(log_pi, V, rollout, V_n, log_pi_bar, tau, gamma):
     """log_pi (T, N, A) and V (T, N) of the network, V_n (N,) -> Samples.
 
     log_pi_bar (A,) or (): 0 pays the entropy of pi, -log A charges its KL from uniform. Targets and
-    log_ratio take it from here, and so cannot follow different conventions: that would add
-    -tau log A E[grad V] to the Q gradient.
+    log_ratio both take it from here: log pi alone in place of log_ratio, with targets that charge
+    the KL, would add -c tau log A E[grad V] to the gradient of ql_loss.
     """
     _, a, r, terminated, truncated, V_final = rollout
     log_pi_a = log_pi.gather(-1, a.unsqueeze(-1)).squeeze(-1)
@@ -127,24 +129,25 @@ def q_error(x, tau):
 
 
 def ql_loss(x, tau, c):
-    """Soft Q-learning: what descends Eq. 44 for each sample, (T, N), with two weights.
+    """Soft Q-learning: a surrogate, (T, N), whose gradient is e (grad log pi + c grad V).
 
-    grad Q = tau grad log pi + grad V (Eq. 57). The first, the advantage stream, is weighted by
-    1/tau (section 6.3 prints 1/gamma), the second by c. With c = 1/tau this is 1/tau times Eq. 59.
+    That is Eq. 62, the gradient of 1/2 (Q - y)^2 (Eq. 44), with weight 1/tau on the advantage
+    stream tau log pi (section 6.3 prints 1/gamma) and c on the value stream. With c = 1/tau it is
+    1/tau times Eq. 59. The value of the surrogate means nothing.
     """
     e = q_error(x, tau).detach()
-    return e * (x.log_pi + c * x.V)  # Eq. 62
+    return e * (x.log_pi + c * x.V)  # Eq. 62, weighted
 
 
 def gap(x, tau, c):
     """(T, N) whose gradient is that of ql_loss minus that of pg_loss, for each sample.
 
-    Rewards, n and Delta have cancelled. It is of order tau, and 0 on average over a_t ~ pi, for
-    each s_t by itself: then E[log_ratio] = KL and E[grad log pi log_ratio] = grad KL, which takes
-    Eq. 62 to 65.
+    Rewards, n and Delta have cancelled. Beside the policy gradient it is of order tau. Its mean
+    over a_t ~ pi is 0 for each s_t by itself, as E[log_ratio] = KL, E[grad log pi] = 0 and
+    E[grad log pi log_ratio] = grad KL (Eq. 21): that takes Eq. 62 to 65.
     """
     excess = (x.log_ratio - x.KL).detach()
-    return tau * (excess * x.log_pi - x.KL) + c * tau * excess * x.V
+    return tau * (excess * (x.log_pi + c * x.V) - x.KL)
 
 
 def sample(log_pi, gumbel):
@@ -160,14 +163,14 @@ class Args:
     schedule_timesteps: int = 0  # agent steps until the learning rate is 0; 0: total-timesteps
     update: Literal["pg", "ql"] = "ql"  # policy gradient, Eq. 84-86, or soft Q-learning, Eq. 44
     parameterization: Literal["dueling", "q"] = "dueling"  # pi and V heads, or one Q head (Eq. 55)
-    compare_every: int = 125  # batches between comparisons of the two gradients; 0: none
+    compare_every: int = 125  # batches between comparisons, 0: none; rows have means
     tau: float = 0.01  # temperature of the regulariser, in units of clipped reward
     regularizer: Literal["entropy", "kl"] = "entropy"  # log pi_bar = 0, or -log|A| (uniform)
     gamma: float = 0.99  # discount per agent step
     num_envs: int = 16  # environments stepped together (N)
     num_steps: int = 5  # agent steps per environment and update (n, T)
     learning_rate: float = 7e-4  # RMSProp step size at the start, decays linearly
-    vf_coef: float | Literal["theory"] = 0.5  # c, weight of the value stream; theory: 1/tau
+    vf_coef: float | Literal["theory"] = 0.5  # c, weight of value loss or stream; theory: 1/tau
     max_grad_norm: float = 0.5  # largest norm of the gradient, all parameters together
     # === shared: run flags ===
     seed: int = 1  # network, sampling noise and environments derive from it
@@ -213,6 +216,7 @@ def train(args):
         noise = torch.Generator(device)
         c = 1 / args.tau if args.vf_coef == "theory" else args.vf_coef
         K, zero = args.compare_every, torch.zeros((), device=device)
+        nothing = dict.fromkeys(("compared", *COMPARED), zero)
 
         @torch.no_grad()
         def act(obs, generator):  # (N, 4, 84, 84) -> (N,)
@@ -251,12 +255,9 @@ def train(args):
             with torch.no_grad():
                 V_n = net(obs[T])[1]  # (N,) V(s_{t+n})
             fixed = rollout, V_n, log_pi_bar, args.tau, args.gamma
-            compared = dict.fromkeys(("compared", *COMPARED), zero)
-            if K and (run.step // (T * N) + 1) % K == 0:
-                with full_precision():  # its own pass: the update does not depend on K
-                    x = samples(*net(obs[:T]), *fixed)
-                    compared = compare_gradients(x, args.tau, c, net.parameters())
-                compared["compared"] = zero + 1
+            compared = nothing
+            if K and (run.step // (T * N) + 1) % K == 0:  # on passes of its own
+                compared = compare(net, obs[:T], fixed, args.tau, c)
             x = samples(*net(obs[:T]), *fixed)
             L = {"pg": pg_loss, "ql": ql_loss}[args.update](x, args.tau, c).mean()
 
@@ -273,13 +274,7 @@ def train(args):
 
             # log, save
             if run.due("log"):
-                row = run.means()
-                row["explained_variance"] = explained_variance(row)
-                row["entropy"] = -row.pop("KL") - constant
-                row["KL_uniform"] = math.log(A) - row["entropy"]
-                share = row.pop("compared")
-                row |= {k: row[k] / share if share else math.nan for k in COMPARED}
-                run.log(dict(row, learning_rate=lr))
+                run.log(dict(row_of(run.means(), constant, A), learning_rate=lr))
             if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
                 run.save(restarts=True)
                 obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
@@ -296,11 +291,38 @@ def statistics(x, tau):
     return {name: term.mean() for name, term in terms.items()}
 
 
+def row_of(means, constant, A):
+    """The means over a row's updates as what metrics.csv says of them; constant is log pi_bar."""
+    share = means.pop("compared")
+    row = means | {k: means[k] / share if share else math.nan for k in COMPARED}
+    row["explained_variance"] = explained_variance(row)
+    row["entropy"] = -row.pop("KL") - constant
+    return dict(row, KL_uniform=math.log(A) - row["entropy"])
+
+
+def compare(net, obs, fixed, tau, c):
+    """Compares the gradients on a batch in a pass of its own, so that the update stays as it is.
+
+    Without TF32, in which a GPU would keep three digits of a convolution; and from the network's
+    outputs on in float64, as V, when large, takes digits from Q - y.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        x = samples(*(y.double() for y in net(obs)), *fixed)
+        compared = compare_gradients(x, tau, c, net.parameters())
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+    return dict(compared=torch.ones_like(compared["gap"]), **compared)
+
+
 def compare_gradients(x, tau, c, parameters):
     """Both gradients of the batch mean at the same parameters, their gap measured and predicted.
 
     Returns 0-dim tensors; the gaps are norms relative to that of the policy gradient. gap_error,
-    the norm of the difference of the two gaps, is what rounding leaves, some 1e-6 in float32.
+    the norm of the difference of the two gaps, is what rounding leaves, some 1e-6 in float32: gap()
+    holds for each sample, whatever policy its action came from.
     """
     parameters, gradients = list(parameters), []
     for loss in (pg_loss, ql_loss, gap):
@@ -310,16 +332,6 @@ def compare_gradients(x, tau, c, parameters):
     measured, (pg, ql) = g_ql - g_pg, (g.norm().clamp(min=1e-30) for g in (g_pg, g_ql))
     return dict(cosine=g_pg @ g_ql / (pg * ql), norm_ratio=ql / pg, gap=measured.norm() / pg,
                 gap_predicted=predicted.norm() / pg, gap_error=(measured - predicted).norm() / pg)
-
-
-@contextmanager
-def full_precision():
-    """Convolutions without TF32, in which a GPU computes them otherwise: it keeps three digits."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def check_flags(args):

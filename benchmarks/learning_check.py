@@ -25,6 +25,9 @@ import a2c_proper  # noqa: E402
 
 GAME, MARGIN = "ALE/Krull-v5", 1.4
 RUNS, RESULTS = ROOT / "runs" / "krull", ROOT / "results" / "krull"
+PANELS = {"a2c_naive.py, a2c_proper.py": ("a2c_naive", "a2c_proper"),
+          "pgql_equiv.py": ("pgql_pg", "pgql_ql"),
+          "soft_dqn.py": ("soft_dqn_hard", "soft_dqn_entropy")}
 
 
 @dataclasses.dataclass
@@ -42,6 +45,8 @@ SHORT_DQN = ("--learning-starts", "5000", "--target-network-frequency", "500",
 ARMS = {
     "a2c_proper": Arm("a2c_proper.py", 300_000, 3),
     "a2c_naive": Arm("a2c_naive.py", 300_000, 3),
+    "pgql_pg": Arm("pgql_equiv.py", 300_000, 3, ("--update", "pg")),
+    "pgql_ql": Arm("pgql_equiv.py", 300_000, 3, ("--update", "ql")),
     "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 2, ("--backup", "hard", *SHORT_DQN)),
     "soft_dqn_entropy": Arm("soft_dqn.py", 100_000, 2, ("--backup", "soft-entropy", *SHORT_DQN)),
 }
@@ -127,7 +132,9 @@ def report():
         csv.writer(f).writerows(rows)
     print(f"random {base['random']:.0f}, best constant {base['best_constant']:.0f}, bar {bar:.0f}")
     print(*("  ".join(map(str, row)) for row in rows), sep="\n")
-    draw(base)
+    draw_curves(base)
+    if (RESULTS / "pgql_ql").exists():
+        draw_gradients()
     return passed
 
 
@@ -140,30 +147,57 @@ def training_curve(path, span=5):
             [sum(n * x for _, n, x in window) / sum(n for _, n, _ in window) for window in windows])
 
 
-def draw(base):
-    """results/krull/curves.png: training scores of each seed, evaluations as dots."""
+def panels(n):
+    """A figure with n panels side by side, and these."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    arms = [arm for arm in ARMS if (RESULTS / arm).exists()]
-    for style, arm in zip(("-", "--", "-.", ":") * len(arms), arms):
-        color = None
-        for folder in sorted(RESULTS.glob(f"{arm}/seed*")):
-            label = None if color else f"{arm}, {ARMS[arm].seeds} seeds"
-            line, = axes.plot(*training_curve(folder / "metrics.csv"), style, lw=1.2, color=color,
-                              label=label)
-            color = line.get_color()
-            rows = list(csv.DictReader(open(folder / "eval.csv")))
-            steps, scores = ([float(row[k]) for row in rows] for k in ("step", "score_mean"))
-            axes.plot(steps, scores, "o", ms=4, color=color)
-    axes.axhline(base["random"], color="0.5", ls=":", label="random policy")
-    axes.axhline(base["best_constant"], color="0.5", ls="--", label="best constant action")
-    axes.set(xlabel="agent steps (4 frames each)", title=GAME,
-             ylabel="score in training; dots: 20 evaluation games")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    figure, axes = plt.subplots(1, n, figsize=(4.5 * n, 4.2), layout="constrained", squeeze=False)
+    for ax in axes[0]:
+        ax.set_xlabel("agent steps (4 frames each)")
+    return figure, axes[0]
+
+
+def columns(path, *names):
+    """Columns of a CSV as lists of numbers."""
+    rows = list(csv.DictReader(open(path)))
+    return [[float(row[name]) for row in rows] for name in names]
+
+
+def draw_curves(base):
+    """results/krull/curves.png: training scores of each seed, evaluations as dots."""
+    shown = {title: arms for title, arms in PANELS.items() if (RESULTS / arms[0]).exists()}
+    figure, axes = panels(len(shown))
+    for ax, (title, arms) in zip(axes, shown.items()):
+        for color, style, arm in zip(("C0", "C1"), ("-", "--"), arms):
+            for i, folder in enumerate(sorted(RESULTS.glob(f"{arm}/seed*"))):
+                label = None if i else f"{arm}, {ARMS[arm].seeds} seeds"
+                ax.plot(*training_curve(folder / "metrics.csv"), style, lw=1.2, color=color,
+                        label=label)
+                ax.plot(*columns(folder / "eval.csv", "step", "score_mean"), "o", ms=4, color=color)
+        ax.axhline(base["random"], color="0.5", ls=":", label="random policy")
+        ax.set(title=title, ylim=(0, 4500))
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel(f"{GAME}: score in training; dots: 20 games")
     figure.savefig(RESULTS / "curves.png", dpi=120, metadata={"Software": None})
+
+
+def draw_gradients():
+    """results/krull/gradients.png: how far apart the gradients of both rules are along the runs."""
+    figure, (cosine, gap) = panels(2)
+    for color, arm in zip(("C0", "C1"), PANELS["pgql_equiv.py"]):
+        for i, path in enumerate(sorted(RESULTS.glob(f"{arm}/seed*/metrics.csv"))):
+            step, *rest = columns(path, "step", "cosine", "gap", "gap_error")
+            first = arm if i == 0 else ""
+            cosine.plot(step, [1 - x for x in rest[0]], color=color, lw=1, label=first)
+            gap.plot(step, rest[1], color=color, lw=1, label=first and f"gap, {arm}")
+            gap.plot(step, rest[2], ":", color=color, lw=1, label=first and "its error")
+    gap.axhline(1e-5, color="0.5", lw=0.8)
+    cosine.set(title="1 - cosine of the two gradients, a batch of 80 a point", yscale="log")
+    gap.set(title="gap over norm of the policy gradient", yscale="log")
+    for ax in (cosine, gap):
+        ax.legend(fontsize=8)
+    figure.savefig(RESULTS / "gradients.png", dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":

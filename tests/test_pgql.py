@@ -1,6 +1,7 @@
 """The paper's sections 4 and 6.3: the two gradients through the script's own functions, float64."""
 import csv
 import importlib
+import inspect
 import itertools
 import math
 import sys
@@ -87,7 +88,7 @@ def test_expected_gradients_are_equal_in_each_state(double, kind, n):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_expected_gradients_differ_where_actions_are_not_from_pi(double, kind):
-    """So the test above can fail, and the check on a training run can."""
+    """So the test above can fail."""
     mdp = MDP(0)
     model = MODELS[kind](mdp, 50)
     other = torch.full((mdp.S, mdp.A), 1 / mdp.A)
@@ -97,32 +98,29 @@ def test_expected_gradients_differ_where_actions_are_not_from_pi(double, kind):
     assert (ql - pg).abs().max() > 1e-2
 
 
-def printed(which, x, tau, c):
-    """The soft Q loss with one of the paper's misprints."""
-    e = pgql_equiv.q_error(x, tau).detach()
-    if which == "1/gamma":  # section 6.3: tau / gamma in place of 1 on the advantage stream
-        return e * (tau / GAMMA * x.log_pi + c * x.V)
-    if which == "60":  # y with -tau KL
-        return (e + 2 * tau * x.KL).detach() * (x.log_pi + c * x.V)
-    return tau * (2 * x.KL.detach() * x.log_pi) + e * (x.log_pi + c * x.V)  # 63, its (*) term
+PRINTED = {  # what each misprint makes of the loss, given the error e of the corrected form
+    "1/gamma of section 6.3": lambda x, e, tau, c: e * (tau / GAMMA * x.log_pi + c * x.V),
+    "60": lambda x, e, tau, c: (e + 2 * tau * x.KL).detach() * (x.log_pi + c * x.V),
+    "63 (**)": lambda x, e, tau, c: e * (x.log_pi + c * x.V) + 2 * tau * c * x.KL.detach() * x.V,
+    "64": lambda x, e, tau, c: pgql_equiv.pg_loss(x, tau, c) - 2 * tau * x.KL,
+    "64, if it were so": lambda x, e, tau, c: pgql_equiv.pg_loss(x, tau, c),
+    "63 (*)": lambda x, e, tau, c: e * (x.log_pi + c * x.V) + 2 * tau * x.KL.detach() * x.log_pi,
+}
 
 
-def test_what_is_printed_in_equations_60_64_and_section_6_3_is_not_equal(double):
+@pytest.mark.parametrize("which", PRINTED)
+def test_what_is_printed_is_not_equal(double, which):
+    """Except the sign at (*) in Eq. 63, which multiplies E[grad log pi] = 0."""
     mdp = MDP(1)
     model = Model(mdp, 51)
     s, a, p = paths_from(mdp, 2, 2, model()[0].detach().exp())
     x = batch_of(mdp, model, s, a)
-    pg = first_step(pgql_equiv.pg_loss, x, p, model)
-
-    def distance(loss):
-        return (first_step(loss, x, p, model) - pg).abs().max()
-
-    assert distance(lambda *rest: printed("1/gamma", *rest)) > 1e-2
-    assert distance(lambda *rest: printed("60", *rest)) > 1e-2
-    assert distance(lambda *rest: printed("63", *rest)) < 1e-12, "E[grad log pi KL] is 0"
-    wrong_sign = first_step(lambda x, tau, c: pgql_equiv.pg_loss(x, tau, c) - 2 * tau * x.KL,
-                            x, p, model)  # Eq. 64
-    assert (wrong_sign - pg).abs().max() > 1e-3
+    pg, ql = (first_step(f, x, p, model) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+    assert (pg - ql).abs().max() < 1e-12
+    e = pgql_equiv.q_error(x, TAU).detach()
+    distance = (first_step(lambda x, tau, c: PRINTED[which](x, e, tau, c), x, p, model) - ql).abs()
+    assert distance.max() < 1e-12 if which in ("63 (*)", "64, if it were so") else (
+        distance.max() > 1e-3)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -172,19 +170,41 @@ def test_theory_is_the_gradient_of_equation_44_over_tau(double, kind):
 
 
 def test_q_target_is_equation_46_forward(double):
-    """y_t = r_t + sum_{0<d<n} gamma^d (r - tau KL)_{t+d} + gamma^n V(s_{t+n}), forward."""
-    mdp = MDP(6, endings=False)
+    """y_t = r_t + sum_{0<d<n} gamma^d (r_{t+d} - tau KL_{t+d}) + gamma^n V(s_{t+n}), forward.
+
+    Printed gamma^{t+n} is right at t = 0 only.
+    """
+    mdp, T, N, ends_seen = MDP(6), 4, 6, 0
     model = Model(mdp, 56)
-    s, a = torch.tensor([[0], [2], [1], [1]]), torch.tensor([[1], [0], [1]])
+    g = torch.Generator().manual_seed(1)
+    s, a = torch.randint(mdp.S, (T + 1, N), generator=g), torch.randint(2, (T, N), generator=g)
     x, (log_pi, V) = batch_of(mdp, model, s, a), model()
     KL = (log_pi.exp() * (log_pi - mdp.log_pi_bar)).sum(-1)
     Q = V[:, None] + TAU * (log_pi - mdp.log_pi_bar)
-    for t in range(3):
-        y = GAMMA ** (3 - t) * V[s[3, 0]]
-        for d in range(3 - t):
-            k = t + d
-            y = y + GAMMA**d * (mdp.r[s[k, 0], a[k, 0]] - (TAU * KL[s[k, 0]] if d else 0))
-        assert abs(pgql_equiv.q_error(x, TAU)[t, 0] - (Q[s[t, 0], a[t, 0]] - y)) < 1e-12
+    for t, i in itertools.product(range(T), range(N)):
+        y = printed = 0.0
+        for k in range(t, T):
+            regular = TAU * KL[s[k, i]] if k > t else 0.0
+            y = y + GAMMA ** (k - t) * (mdp.r[s[k, i], a[k, i]] - regular)
+            if mdp.ends[s[k, i], a[k, i]]:
+                printed, ends_seen = y, ends_seen + 1
+                break
+        else:
+            y, printed = (y + GAMMA**power * V[s[T, i]] for power in (T - t, T))
+        error = pgql_equiv.q_error(x, TAU)[t, i]
+        assert abs(error - (Q[s[t, i], a[t, i]] - y)) < 1e-12
+        if t > 0 and y != printed:
+            assert abs(error - (Q[s[t, i], a[t, i]] - printed)) > 1e-3
+    assert 0 < ends_seen < T * N
+
+
+@pytest.mark.parametrize("name", ["n_step_returns", "kl_divergence", "sample", "gumbel_noise",
+                                  "explained_variance"])
+def test_what_a2c_proper_has_too_is_the_same(name):
+    """Its tests against exact sums then hold here."""
+    a2c_proper = importlib.import_module("a2c_proper")
+    assert inspect.getsource(getattr(pgql_equiv, name)) == inspect.getsource(
+        getattr(a2c_proper, name))
 
 
 def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):
@@ -235,6 +255,15 @@ def test_policy_and_value_are_equations_55_to_57(double, tau, size):
     assert single[0].isfinite().all() and (single[1] - V).abs().max() < 1e-5 * size
 
 
+def test_a_large_q_costs_no_digits_of_the_policy(double):
+    """Q / tau = 1000 in float32 would be wrong in its fifth digit after the point."""
+    Q = (10 + 0.01 * torch.randn(200, 6)).float()
+    log_pi_bar = torch.zeros(6)
+    exact, _ = pgql_equiv.policy_and_value(Q.double(), log_pi_bar, 0.01)
+    log_pi, _ = pgql_equiv.policy_and_value(Q, log_pi_bar.float(), 0.01)
+    assert (log_pi - exact).abs().max() < 2e-6
+
+
 def test_compare_measures_the_gradients_themselves(double):
     """Against autograd of a tiny model."""
     mdp = MDP(9)
@@ -256,9 +285,9 @@ SHORT = dict(total_timesteps=200, num_envs=4, log_every=40, compare_every=2)
 
 
 def test_policy_gradient_trains_the_very_network_of_a2c_proper(tmp_path):
-    """Bit for bit, with every flag that the two share."""
+    """Bit for bit, over lost lives and games cut by the time limit."""
     a2c_proper = importlib.import_module("a2c_proper")
-    flags = dict(SHORT, regularizer="kl", tau=0.05)
+    flags = dict(SHORT, regularizer="kl", tau=0.05, max_episode_frames=120)
     ours = pgql_equiv.train(tiny(pgql_equiv, tmp_path / "a", update="pg", **flags))["folder"]
     del flags["compare_every"]
     theirs = a2c_proper.train(tiny(a2c_proper, tmp_path / "b", **flags))["folder"]
@@ -268,7 +297,7 @@ def test_policy_gradient_trains_the_very_network_of_a2c_proper(tmp_path):
         assert mine.keys() - other.keys() == COMPARED | {"q_loss"} and other.keys() <= mine.keys()
         for key in other.keys() - {"loss", "policy_loss", "entropy", "KL_uniform"}:
             assert mine[key] == other[key], key
-        for key in ("loss", "policy_loss", "entropy"):
+        for key in ("loss", "policy_loss", "entropy", "KL_uniform"):
             assert float(mine[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
 
 
@@ -279,8 +308,10 @@ def test_live_proof_on_atari_data(tmp_path, update, parameterization, regularize
     """The measured gap is the predicted one to 1e-5 of the gradient in every batch of a run."""
     seen, compare = [], pgql_equiv.compare_gradients
 
-    def watched(*rest):
-        seen.append(compare(*rest))
+    def watched(x, *rest):
+        assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        assert x.V.dtype == torch.float64
+        seen.append(compare(x, *rest))
         return seen[-1]
 
     flags = dict(SHORT, update=update, parameterization=parameterization, regularizer=regularizer,
@@ -288,7 +319,7 @@ def test_live_proof_on_atari_data(tmp_path, update, parameterization, regularize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pgql_equiv, "compare_gradients", watched)
         folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **flags))["folder"]
-    assert len(seen) == 10
+    assert len(seen) == 10 and torch.backends.cudnn.allow_tf32
     for batch in seen:
         assert batch["gap_error"] < 1e-5 and batch["gap"] > 1e-4
     logged = rows(folder)
@@ -297,6 +328,30 @@ def test_live_proof_on_atari_data(tmp_path, update, parameterization, regularize
             mean = (seen[2 * i][key] + seen[2 * i + 1][key]) / 2
             assert float(row[key]) == pytest.approx(mean.item(), rel=1e-5)
     assert len(logged) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_live_proof_on_a_gpu(tmp_path):
+    folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **SHORT, device="cuda"))["folder"]
+    assert all(float(row["gap_error"]) < 1e-4 for row in rows(folder))
+
+
+@pytest.mark.parametrize("parameterization", ["dueling", "q"])
+def test_the_proof_is_not_spoilt_by_large_values(parameterization):
+    """Where V is 50 and Delta small, float32 would round Q - y to more than is allowed."""
+    torch.manual_seed(0)
+    A, tau, log_pi_bar = 6, 0.01, torch.zeros(6)
+    net = (pgql_equiv.ActorCritic(A) if parameterization == "dueling" else
+           pgql_equiv.SoftQ(A, log_pi_bar, tau))
+    (net.V if parameterization == "dueling" else net.Q).bias.data += 50
+    obs = torch.randint(0, 256, (4, 4, 4, 84, 84), dtype=torch.uint8)
+    a, zeros = torch.randint(A, (4, 4)), torch.zeros(4, 4)
+    with torch.no_grad():
+        V = net(obs)[1]
+    r = V - 0.99 * torch.cat([V[1:], V[:1]]) + 0.05 * torch.randn(4, 4)
+    rollout = pgql_equiv.Rollout(None, a, r, zeros, zeros, zeros)
+    compared = pgql_equiv.compare(net, obs, (rollout, V[0], log_pi_bar, tau, 0.99), tau, 0.5)
+    assert compared["gap_error"] < 3e-6 and compared["compared"] == 1
 
 
 def test_a_wrong_prediction_shows_in_the_log(tmp_path, monkeypatch):
@@ -349,6 +404,23 @@ def test_both_parameterizations_begin_with_the_same_policy(regularizer):
     w = one_q.Q.weight.detach()
     assert torch.allclose(w @ w.T, tau**2 * torch.eye(A), atol=1e-7) and not one_q.Q.bias.any()
     assert {name.split(".")[0] for name in one_q.state_dict()} == {"trunk", "Q"}
+
+
+@pytest.mark.parametrize("regularizer, constant", [("entropy", 0.0), ("kl", -math.log(4))])
+def test_one_q_is_trained_in_the_convention_of_its_targets(tmp_path, monkeypatch, regularizer,
+                                                           constant):
+    """The network, the samples and the flag have the same log pi_bar."""
+    seen, samples, build = [], pgql_equiv.samples, pgql_equiv.SoftQ.__init__
+    monkeypatch.setattr(pgql_equiv, "samples",
+                        lambda *rest: seen.append(rest[4]) or samples(*rest))
+    monkeypatch.setattr(pgql_equiv.SoftQ, "__init__",
+                        lambda self, A, log_pi_bar, tau: seen.append(log_pi_bar) or build(
+                            self, A, log_pi_bar, tau))
+    pgql_equiv.train(tiny(pgql_equiv, tmp_path, **(SHORT | dict(total_timesteps=40)),
+                          parameterization="q", regularizer=regularizer))
+    assert len(seen) > 2
+    for log_pi_bar in seen:
+        assert torch.equal(log_pi_bar, torch.full((4,), constant))
 
 
 @pytest.mark.parametrize("flags, text", [
