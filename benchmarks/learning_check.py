@@ -2,6 +2,7 @@
 
     python benchmarks/learning_check.py train a2c_proper a2c_naive   # what is missing of these arms
     python benchmarks/learning_check.py report                       # judge, copy, draw
+    python benchmarks/learning_check.py epsilon                      # the DQNs, less greedy
 
 Each arm and seed is a run of its script as a user starts it, resumed if it was cut off, in
 runs/krull, on one thread: start one process per core. An arm passes if on every seed the final
@@ -15,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,19 +38,23 @@ class Arm:
     steps: int
     seeds: int
     flags: tuple = ()
+    eval_every: int = 100_000
 
 
 # 100,000 steps are too few for the schedules of a run of 10M. With a copy of the target every 2,000
-# steps rewards would be backed up 50 steps at the most; gamma 0.99 looks some hundred ahead.
-SHORT_DQN = ("--learning-starts", "5000", "--target-network-frequency", "500",
-             "--buffer-size", "100000")
+# steps rewards would be backed up 50 steps at the most; gamma 0.99 looks some hundred ahead. What
+# else was tried is in benchmarks/README.md.
+SHORT_DQN = ("--learning-starts", "5000", "--target-network-frequency", "1000", "--buffer-size",
+             "100000", "--learning-rate", "5e-4")
 ARMS = {
     "a2c_proper": Arm("a2c_proper.py", 300_000, 3),
     "a2c_naive": Arm("a2c_naive.py", 300_000, 3),
     "pgql_pg": Arm("pgql_equiv.py", 300_000, 3, ("--update", "pg")),
     "pgql_ql": Arm("pgql_equiv.py", 300_000, 3, ("--update", "ql")),
-    "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 2, ("--backup", "hard", *SHORT_DQN)),
-    "soft_dqn_entropy": Arm("soft_dqn.py", 100_000, 2, ("--backup", "soft-entropy", *SHORT_DQN)),
+    "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 2, ("--backup", "hard", *SHORT_DQN),
+                         25_000),
+    "soft_dqn_entropy": Arm("soft_dqn.py", 100_000, 2, ("--backup", "soft-entropy", *SHORT_DQN),
+                            25_000),
 }
 
 
@@ -72,8 +78,9 @@ def train(names):
                 command += ["--resume", str(old[-1].parent.relative_to(ROOT))]
             else:
                 command += ["--env-id", GAME, "--total-timesteps", str(arm.steps),
-                            "--seed", str(seed), "--eval-every", "100000", "--threads", "1",
-                            "--runs-dir", str(runs.relative_to(ROOT)), *arm.flags]
+                            "--seed", str(seed), "--eval-every", str(arm.eval_every),
+                            "--threads", "1", "--runs-dir", str(runs.relative_to(ROOT)),
+                            *arm.flags]
             print("+", *command, flush=True)
             subprocess.run(command, cwd=ROOT, check=True)
 
@@ -136,6 +143,34 @@ def report():
     if (RESULTS / "pgql_ql").exists():
         draw_gradients()
     return passed
+
+
+def epsilon():
+    """results/krull/epsilon.csv: each finished DQN of RUNS, frozen, evaluated at several epsilons.
+
+    And the best constant action mixed with as much randomness, which is what to compare with.
+    """
+    import soft_dqn
+    rows = []
+    for eps in (0.01, 0.05, 0.1, 0.3):
+        for path in sorted(RUNS.glob("soft_dqn_*/seed*/*/checkpoint.pt")):
+            saved = soft_dqn.read_checkpoint(path)["args"]
+            result = soft_dqn.train(soft_dqn.Args(**(
+                saved | dict(evaluate=str(path), eval_epsilon=eps, threads=1))))
+            rows.append([path.parts[-4], path.parts[-3][4:], eps, result["score_mean"]])
+        args = a2c_proper.Args(env_id=GAME, seed=0)
+
+        def act(obs, generator, a, eps=eps):
+            uniform = torch.randint(18, (len(obs),), generator=generator)
+            return torch.where(torch.rand(len(obs), generator=generator) < eps, uniform, a)
+
+        scores = []
+        for a in range(18):
+            games = a2c_proper.play_games(partial(act, a=a), args, 0, torch.device("cpu"))
+            scores.append(sum(game[0] for game in games) / len(games))
+        rows.append(["best constant action", 0, eps, max(scores)])
+    with open(RESULTS / "epsilon.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["policy", "seed", "epsilon", "score_mean"], *rows])
 
 
 def training_curve(path, span=5):
@@ -205,6 +240,8 @@ if __name__ == "__main__":
         unknown = set(sys.argv[2:]) - set(ARMS)
         sys.exit(f"unknown arms {unknown}; known: {', '.join(ARMS)}" if unknown else
                  train(sys.argv[2:] or ARMS))
+    elif sys.argv[1:] == ["epsilon"]:
+        epsilon()
     elif sys.argv[1:] == ["report"]:
         sys.exit(0 if report() else "not every arm passed")
     else:

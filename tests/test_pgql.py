@@ -280,6 +280,24 @@ def test_compare_measures_the_gradients_themselves(double):
     assert abs(got["gap_predicted"] - got["gap"]) < 1e-12 and got["gap"] > 1e-3
 
 
+def test_statistics_are_those_of_the_equations(double):
+    """Eq. 84, 85 and 44, and the moments, as means over a batch."""
+    mdp = MDP(10)
+    model = Model(mdp, 60)
+    g = torch.Generator().manual_seed(0)
+    s, a = torch.randint(3, (4, 6), generator=g), torch.randint(2, (3, 6), generator=g)
+    x, (log_pi, V) = batch_of(mdp, model, s, a), model()
+    Delta = x.V_hat - V[s[:-1]]
+    Q = V[s[:-1]] + TAU * (log_pi - mdp.log_pi_bar)[s[:-1], a]
+    expected = dict(q_loss=0.5 * (Q - x.V_hat - TAU * x.KL) ** 2, value_loss=0.5 * Delta**2,
+                    policy_loss=TAU * x.KL - log_pi[s[:-1], a] * Delta, KL=x.KL, V=V[s[:-1]],
+                    V_hat=x.V_hat, V_hat_sq=x.V_hat**2, Delta=Delta, Delta_sq=Delta**2)
+    got = pgql_equiv.statistics(x, TAU)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert abs(got[name] - value.mean()) < 1e-12 and not got[name].requires_grad
+
+
 # --- training ---
 SHORT = dict(total_timesteps=200, num_envs=4, log_every=40, compare_every=2)
 
