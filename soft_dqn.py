@@ -89,13 +89,14 @@ def targets(r, terminated, truncated, Q, log_pi_bar, tau, gamma):
 
     (n, B) -> (B,); Q (n, B, A) is the target network's at s_{t+1} .. s_{t+n}, KL_{t+d} that of its
     Boltzmann policy. s_t has none: Q(s_t, a_t) is what follows once a_t is chosen. n = 1 is Eq. 45.
+    With tau = 0, where no KL is needed, Q may be (1, B, A): that of the last state of each sum.
     At a termination nothing follows; a cut game ends the sum early, with V_Q of its last state.
 
     n > 1 is biased off-policy: Eq. 46 is an expectation over a_{t+1} .. a_{t+n-1} drawn from that
     Boltzmann policy, and the memory holds those of older and more random ones. n = 1 is not biased:
     a_t is given, and V_Q sums over all actions after it.
     """
-    V = soft_value(Q, log_pi_bar, tau)  # (n, B)
+    V = soft_value(Q, log_pi_bar, tau).expand_as(r)  # (n, B)
     KL = kl_divergence(boltzmann(Q, log_pi_bar, tau), log_pi_bar) if tau else 0.0 * V
     y = V[-1]  # gamma^n is printed gamma^{t+n}
     for d in reversed(range(len(r))):
@@ -224,8 +225,9 @@ def train(args):
                 # targets and loss
                 u = torch.rand(args.batch_size, dtype=torch.float64, generator=noise, device=device)
                 batch = memory.sample(u, args.n_step)
+                next_obs = batch.next_obs if tau else last_obs(batch)
                 with torch.no_grad():
-                    y = targets(batch.r, batch.terminated, batch.truncated, target(batch.next_obs),
+                    y = targets(batch.r, batch.terminated, batch.truncated, target(next_obs),
                                 log_pi_bar, tau, args.gamma)
                 Q = net(batch.obs)  # (B, A)
                 L = loss(Q, batch.a, y, batch.weight, args.loss)
@@ -269,6 +271,13 @@ def epsilon_at(step, args):
     """Linear from 1 to 0.1 in a tenth of the schedule, from there to 0.01 at its end."""
     horizon = args.schedule_timesteps
     return float(np.interp(step, (0, horizon / 10, horizon), (1.0, 0.1, 0.01)))
+
+
+def last_obs(batch):
+    """The states in which the n-step sums end, (1, B, 4, 84, 84): all that a maximum needs of n."""
+    going = 1 - torch.maximum(batch.terminated, batch.truncated)
+    last = going.cumprod(0).sum(0).long().clamp(max=len(going) - 1)  # (B,) steps before the end
+    return batch.next_obs[last, torch.arange(len(last), device=last.device)].unsqueeze(0)
 
 
 def refill(memory, envs, explore, noise, run):

@@ -157,6 +157,24 @@ def test_targets_are_the_forward_sum_with_every_kind_of_ending(double, seed, tau
         assert abs(y[b] - total) < 1e-10
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_the_maximum_needs_only_the_state_where_the_sum_ends(double, n):
+    """Eq. 81 with n steps: one network pass in place of n, the same targets."""
+    g = torch.Generator().manual_seed(n)
+    B, A = 80, 3
+    next_obs, r = torch.randn(n, B, A, generator=g), torch.randn(n, B, generator=g)
+    terminated, truncated = (torch.rand(2, n, B, generator=g) < 0.25).double()
+    batch = soft_dqn.Batch(None, None, r, terminated, truncated, next_obs, None)
+    last = soft_dqn.last_obs(batch)
+    assert last.shape == (1, B, A)
+
+    def y(Q):
+        return soft_dqn.targets(r, terminated, truncated, Q, torch.tensor(0.0), 0.0, GAMMA)
+
+    assert torch.equal(y(next_obs.sin()), y(last.sin()))
+    assert n == 1 or (y(next_obs[-1:].sin()) - y(last.sin())).abs().max() > 0.1
+
+
 def test_the_printed_soft_targets_diverge_and_the_corrected_converge(double):
     """Q(s) <- r + gamma V_Q(s) on one state: the printed forms answer Q + 1 with gamma / tau."""
     r, tau, gamma = torch.tensor([[0.3, -0.2, 0.1]]), 0.2, 0.9
