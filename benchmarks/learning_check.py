@@ -2,7 +2,6 @@
 
     python benchmarks/learning_check.py train a2c_proper a2c_naive   # what is missing of these arms
     python benchmarks/learning_check.py report                       # judge, copy, draw
-    python benchmarks/learning_check.py epsilon                      # the DQNs, less greedy
 
 Each arm and seed is a run of its script as a user starts it, resumed if it was cut off, in
 runs/krull, on one thread: start one process per core. An arm passes if on every seed the final
@@ -16,7 +15,6 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,34 +143,6 @@ def report():
     return passed
 
 
-def epsilon():
-    """results/krull/epsilon.csv: each finished DQN of RUNS, frozen, evaluated at several epsilons.
-
-    And the best constant action mixed with as much randomness, which is what to compare with.
-    """
-    import soft_dqn
-    rows = []
-    for eps in (0.01, 0.05, 0.1, 0.3):
-        for path in sorted(RUNS.glob("soft_dqn_*/seed*/*/checkpoint.pt")):
-            saved = soft_dqn.read_checkpoint(path)["args"]
-            result = soft_dqn.train(soft_dqn.Args(**(
-                saved | dict(evaluate=str(path), eval_epsilon=eps, threads=1))))
-            rows.append([path.parts[-4], path.parts[-3][4:], eps, result["score_mean"]])
-        args = a2c_proper.Args(env_id=GAME, seed=0)
-
-        def act(obs, generator, a, eps=eps):
-            uniform = torch.randint(18, (len(obs),), generator=generator)
-            return torch.where(torch.rand(len(obs), generator=generator) < eps, uniform, a)
-
-        scores = []
-        for a in range(18):
-            games = a2c_proper.play_games(partial(act, a=a), args, 0, torch.device("cpu"))
-            scores.append(sum(game[0] for game in games) / len(games))
-        rows.append(["best constant action", 0, eps, max(scores)])
-    with open(RESULTS / "epsilon.csv", "w", newline="") as f:
-        csv.writer(f).writerows([["policy", "seed", "epsilon", "score_mean"], *rows])
-
-
 def training_curve(path, span=5):
     """Agent steps and the mean score of the games that ended in the last `span` rows."""
     rows = [row for row in csv.DictReader(open(path)) if int(row["episodes"])]
@@ -240,8 +210,6 @@ if __name__ == "__main__":
         unknown = set(sys.argv[2:]) - set(ARMS)
         sys.exit(f"unknown arms {unknown}; known: {', '.join(ARMS)}" if unknown else
                  train(sys.argv[2:] or ARMS))
-    elif sys.argv[1:] == ["epsilon"]:
-        epsilon()
     elif sys.argv[1:] == ["report"]:
         sys.exit(0 if report() else "not every arm passed")
     else:
