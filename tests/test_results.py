@@ -21,7 +21,7 @@ def table():
             yield found[1], [int(x) for x in re.findall(r"\| \**(\d+)\** (?=\|)", line)]
 
 
-@pytest.mark.parametrize("arm, scores", table())
+@pytest.mark.parametrize("arm, scores", list(table()))
 def test_scores_of_the_learning_check_are_the_committed_ones(arm, scores):
     evaluations = [KRULL / arm / f"seed{i + 1}" / "eval.csv" for i in range(len(scores))]
     assert scores == [round(column(path, "score_mean")[-1]) for path in evaluations]

@@ -445,4 +445,4 @@ def test_flags_are_documented(script):
         line = next(x for x in source.splitlines() if x.startswith(f"    {field.name}: "))
         assert "  # " in line, field.name
         if field.name.endswith(("_every", "_timesteps")):
-            assert "agent steps" in line, field.name
+            assert "agent steps" in line or "batches" in line, field.name
