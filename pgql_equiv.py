@@ -75,8 +75,8 @@ def policy_and_value(Q, log_pi_bar, tau):
     """The log pi and V that a Q has, Eq. 55 and 56; (..., A) -> (..., A), (...)."""
     top = Q.detach().max(-1, keepdim=True).values  # taken out, or Q / tau would lose digits
     logits = (Q - top) / tau + log_pi_bar
-    V = top.squeeze(-1) + tau * logits.logsumexp(-1)  # V = tau log E_{a ~ pi_bar} exp(Q / tau)
-    return logits.log_softmax(-1), V  # pi = pi_bar exp((Q - V) / tau)
+    V = top.squeeze(-1) + tau * logits.logsumexp(-1)  # Eq. 55: tau log E_{pi_bar} exp(Q / tau)
+    return logits.log_softmax(-1), V  # Eq. 56: pi = pi_bar exp((Q - V) / tau)
 
 
 def kl_divergence(log_pi, log_pi_bar):

@@ -2,7 +2,7 @@ import importlib
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts, before torch
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs in as many processes as there are cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs in two processes: pyproject.toml
 
 import pytest
 import torch
