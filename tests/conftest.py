@@ -8,7 +8,7 @@ import pytest
 import torch
 
 A2C = ("a2c_naive", "a2c_proper")
-SCRIPTS = (*A2C, "soft_dqn", "pgql_equiv")
+SCRIPTS = (*A2C, "soft_dqn", "pgql_equiv", "natural_pg_damped")
 
 
 @pytest.fixture(params=A2C)
