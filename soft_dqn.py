@@ -925,7 +925,7 @@ class Run:
         now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
         if 0 < self.args.save_minutes * 60 < now - self.saved_at:
             self.save()
-        if now - self.line_at > (0.5 if terminal else 5) and self.step > self.line_step:
+        if now - self.line_at > (0.5 if terminal else 5) and total > self.step > self.line_step:
             sps = (self.step - self.line_step) / (now - self.line_at)
             score, minutes = summary(self.last100)["score_mean"], (total - self.step) / sps / 60
             say(f"step {self.step:,} of {total:,} ({self.step / total:.1%}), score {score:.1f}, "
