@@ -3,10 +3,11 @@
 Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
          arXiv:1704.06440, section 5, which proves it and runs nothing. Equations 21, 36, 47, 53,
          54, 57, 66-78; 54, 66, 71 and 78 are misprinted in the text and stand here corrected: a
-         damping eps of the Q target is a natural gradient step of size eps / tau, printed eps.
+         damping eps of the Q target is a natural gradient step of size eps / tau (printed eps).
 Train:   python natural_pg_damped.py --env-id ALE/Pong-v5 --total-timesteps 10000000
 Arms:    the nonlinear regression by several passes, --solver regression; one Gauss-Newton step by
-         conjugate gradients, --solver cg; either with a step of given KL, --target-kl 0.002
+         conjugate gradients, --solver cg; --target-kl 0.002 sets eps in either so that the
+         natural gradient step would move the policy by that KL
 Resume:  python natural_pg_damped.py --resume runs/Pong__natural_pg_damped__seed1__20260101-120000
 Score:   python natural_pg_damped.py --evaluate runs/Pong__natural_pg_damped__seed1__20260101-120000
 Expect:  nothing is published; README.md has what was measured with this file.
@@ -14,7 +15,8 @@ Expect:  nothing is published; README.md has what was measured with this file.
 Shapes:  T steps of N environments, B = T N samples, A actions. s_t is a stack of 4 frames, 84 x 84,
          uint8. v is a vector in the space of theta, all parameters of the policy in one row.
 Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature, psi_t
-         = grad log pi(a_t | s_t), Delta_t the n-step advantage, A_t = Q_hat - Q_old its form in Q.
+         = grad log pi(a_t | s_t), Delta_t the n-step advantage, A_t = Q_hat - Q_old what becomes of
+         it in Q: Delta_t - tau (log pi / pi_bar - KL_t), all with pi_old.
 """
 import csv
 import dataclasses
@@ -34,7 +36,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 # === shared: waiting threads ===
 # Before torch is imported. By default its idle threads spin, which takes the cores from the
@@ -64,10 +66,11 @@ class Batch(NamedTuple):
 
 
 class Jacobian(NamedTuple):
-    """J = d log pi / d theta at theta_old on a batch, as two linear maps; row (t, a_t) is psi_t."""
+    """d log pi / d theta at theta_old on a batch, as linear maps. Row t of Psi (B, P) is psi_t."""
 
-    times: object  # v (P,) -> J v (B, A), the change of log pi to first order, Eq. 67
-    transposed: object  # u (B, A) -> J^T u (P,)
+    times: Callable  # v (P,) -> (B, A), the change of log pi to first order, Eq. 67
+    Psi: Callable  # v (P,) -> Psi v (B,), the same for the actions taken
+    Psi_T: Callable  # u (B,) -> Psi^T u (P,)
 
 
 def kl_divergence(log_pi, log_pi_bar):
@@ -84,21 +87,24 @@ def td_errors(r, KL, terminated, truncated, V, V_final, tau, gamma):
 def advantages(delta, ends, gamma, n):
     """Delta_t = sum_{d<n} gamma^d delta_{t+d} (Eq. 47), up to an end of game or rollout; (T, N)."""
     Delta = delta
-    for _ in range(n - 1):  # one step more
+    for _ in range(min(n, len(delta)) - 1):  # one step more
         later = torch.cat([Delta[1:], torch.zeros_like(Delta[:1])])
         Delta = delta + gamma * (1 - ends) * later
     return Delta
 
 
 def q_step(Delta, log_ratio_old, KL_old, tau):
-    """A_t = Q_hat - Q_old at (s_t, a_t), all taken before the update; V_old cancels."""
+    """A_t = Q_hat - Q_old at (s_t, a_t), all taken before the update; V_old cancels; any shape."""
     Q_hat = tau * KL_old + Delta  # Eq. 47, less V_old
     Q_old = tau * log_ratio_old  # Eq. 57, less V_old
     return Q_hat - Q_old  # Eq. 75, 76; the bracket of Eq. 70
 
 
 def log_pi_target(log_pi_old, A, eps, tau):
-    """What log pi(a_t | s_t) is fitted to. Eq. 71 prints pi_theta in A; 78 lacks the 1/tau."""
+    """What log pi(a_t | s_t) is fitted to; any shape. eps has no unit, eps/tau is per reward.
+
+    Eq. 71 prints pi_theta inside A, Eq. 78 lacks the 1/tau.
+    """
     return log_pi_old + eps / tau * A  # Eq. 71, 78
 
 
@@ -117,59 +123,60 @@ def damped_q_loss(V, log_ratio, V_old, log_ratio_old, A, eps, tau):
     return 0.5 * (Q - Q_eps).square()  # Eq. 77
 
 
-def policy_gradient(J, a, A, n_actions):
+def policy_gradient(J, A):
     """g_hat = mean_t psi_t A_t, (P,), Eq. 70. On average over a_t ~ pi it is Eq. 69, by Eq. 21."""
-    u = nn.functional.one_hot(a, n_actions) * A.unsqueeze(-1)  # (B, A)
-    return J.transposed(u / len(a))
+    return J.Psi_T(A) / len(A)
 
 
-def sampled_fisher(J, a, v):
-    """F_hat v = mean_t psi_t psi_t^T v, (P,), over the actions taken: Psi^T Psi of Eq. 66, by B."""
-    Jv = J.times(v)
-    return J.transposed(Jv * nn.functional.one_hot(a, Jv.shape[-1]) / len(a))
+def sampled_fisher(J, v):
+    """F_hat v = mean_t psi_t psi_t^T v, (P,), over the actions taken: Psi^T Psi / B of Eq. 66."""
+    Psi_v = J.Psi(v)
+    return J.Psi_T(Psi_v) / len(Psi_v)
 
 
-def all_action_fisher(J, log_pi, v, w):
-    """v^T F_all w, (), the Fisher matrix of the same states with each action in its proportion."""
-    return (log_pi.exp() * J.times(v) * J.times(w)).sum(-1).mean()
+def all_action_fisher(log_pi, Jv, Jw):
+    """v^T F_all w, (), from J.times(v), J.times(w) (B, A): each action in its proportion."""
+    return (log_pi.exp() * Jv * Jw).sum(-1).mean()
 
 
 def conjugate_gradient(product, g, iterations, tolerance=1e-10):
-    """Solves product(x) = g, symmetric and positive, from x = 0 (Hestenes and Stiefel, 1952).
+    """Solves product(x) = g, (P,) -> (P,), symmetric and positive (Hestenes and Stiefel, 1952).
 
-    Returns x (P,), the residual |product(x) - g| / |g| and the iterations that were made, () each.
-    Below the tolerance they stop to change x: the host need not look.
+    Returns x, the norm of g - product(x), as the recurrence has it, over that of g, and how many
+    iterations were made. Below the tolerance, or where product is not positive, x stays as it is:
+    so the host need not look.
     """
-    x, residual, rr, made = torch.zeros_like(g), g, g @ g, torch.zeros_like(g[0])
+    x, left, rr, made = torch.zeros_like(g), g, g @ g, torch.zeros_like(g[0])
     p, least = g, tolerance**2 * rr
     for _ in range(iterations):
         Fp = product(p)
-        goes_on = (rr > least) & ((curvature := p @ Fp) > 0)
-        alpha = torch.where(goes_on, rr / curvature, 0.0)
-        x, residual = x + alpha * p, residual - alpha * Fp
-        new, made = residual @ residual, made + goes_on
-        p, rr = residual + torch.where(goes_on, new / rr, 0.0) * p, new
+        curvature = p @ Fp
+        active = (rr > least) & (curvature > 0)
+        alpha = torch.where(active, rr / curvature, 0.0)
+        x, left = x + alpha * p, left - alpha * Fp
+        new, made = left @ left, made + active
+        p, rr = left + torch.where(active, new / rr, 0.0) * p, new
     return x, (rr / (g @ g).clamp(min=1e-30)).sqrt(), made
 
 
-def natural_gradient(J, a, A, n_actions, damping, iterations):
+def natural_gradient(J, A, damping, iterations):
     """x = (F_hat + lambda I)^-1 g_hat, Eq. 66 without its eps, which Eq. 67 counts again.
 
-    theta_old + eps/tau x is one Gauss-Newton step on either loss. A damping lambda of F_hat is one
-    of tau^2 lambda on the side of Q. Returns what conjugate_gradient returns.
+    theta_old + eps/tau x is one Gauss-Newton step on either loss, damped by lambda; on the side of
+    Q the same damping is tau^2 lambda. Returns what conjugate_gradient returns.
     """
-    g = policy_gradient(J, a, A, n_actions)
-    return conjugate_gradient(lambda v: sampled_fisher(J, a, v) + damping * v, g, iterations)
+    g = policy_gradient(J, A)
+    return conjugate_gradient(lambda v: sampled_fisher(J, v) + damping * v, g, iterations)
 
 
 def quadratic_kl(eps, tau, xFx):
-    """KL[pi_old || pi] of the step eps/tau x, to second order; xFx = x^T F_all x."""
+    """KL[pi_old || pi] of the step eps/tau x in nats, to second order; xFx = x^T F_all x."""
     return 0.5 * (eps / tau) ** 2 * xFx
 
 
 def eps_for_kl(target_kl, tau, xFx):
-    """The eps whose quadratic_kl is target_kl."""
-    return tau * (2 * target_kl / xFx.clamp(min=1e-30)).sqrt()
+    """The eps whose quadratic_kl is target_kl, but at most 1: that is the undamped Q target."""
+    return (tau * (2 * target_kl / xFx.clamp(min=1e-30)).sqrt()).clamp(max=1.0)
 
 
 def sample(log_pi, gumbel):
@@ -185,7 +192,7 @@ class Args:
     schedule_timesteps: int = 0  # agent steps until eps and step sizes are 0; 0: total-timesteps
     solver: Literal["regression", "cg"] = "regression"  # passes of Adam, or one Gauss-Newton step
     eps: float = 1e-3  # damping of the Q target at the start, 0 to 1; decays linearly
-    target_kl: float = 0.0  # sets eps each time: KL in nats predicted for a step; 0: eps is given
+    target_kl: float = 0.0  # KL in nats of a natural gradient step, which sets eps; 0: eps is given
     tau: float = 0.01  # temperature of the regulariser, in units of clipped reward
     regularizer: Literal["entropy", "kl"] = "entropy"  # log pi_bar = 0, or -log|A| (uniform)
     gamma: float = 0.99  # discount per agent step
@@ -195,8 +202,8 @@ class Args:
     passes: int = 4  # passes of the regression over a rollout
     minibatch_size: int = 128  # samples per step of Adam, policy and value
     learning_rate: float = 2.5e-4  # Adam step size of the policy at the start, decays linearly
-    value: Literal["separate", "head", "shared"] = "separate"  # V has its own trunk; its head alone
-    # is refitted, on the policy's trunk; or trunk and head, which also moves the policy
+    value: Literal["separate", "head", "shared"] = "separate"  # what V fits: own trunk; head on
+    # the policy's trunk; that trunk and head, which moves the policy
     value_passes: int = 2  # passes of the value fit over a rollout
     value_learning_rate: float = 2.5e-4  # Adam step size of the value at the start, decays linearly
     max_grad_norm: float = 0.5  # largest norm of a minibatch's gradient, policy or value
@@ -227,7 +234,7 @@ LIMITS = dict(total_timesteps=(1, 1e12), schedule_timesteps=(0, 1e12), eps=(0, 1
               minibatch_size=(1, 1e7), learning_rate=(0, 1e6), value_passes=(1, 1000),
               value_learning_rate=(0, 1e6), max_grad_norm=(1e-12, 1e12), damping=(0, 1e6),
               cg_iterations=(1, 10_000), measure_every=(0, 1e12))
-SOLVED = "cg_iterations", "cg_residual", "cg_seconds", "kl_predicted"  # in metrics.csv
+SOLVED = "cg_iterations", "cg_residual", "kl_predicted"  # in metrics.csv
 MEASURED = ("cosine", "cosine_fisher", "norm_ratio", "kl_measured", "kl_quadratic", "kl_refit",
             "kl_refit_quadratic")  # the same
 
@@ -245,11 +252,13 @@ def train(args):
         A = envs.n_actions
         constant = {"entropy": 0.0, "kl": -math.log(A)}[args.regularizer]
         log_pi_bar = torch.full((A,), constant, device=device)  # alone decides the convention
+        torch.backends.cudnn.allow_tf32 = False  # it keeps 3 digits; a step changes the third
         net = PolicyAndValue(A, args.value).to(device, memory_format=torch.channels_last)
         adam, adam_V = (adam_of(net.of(what), device) for what in ("pi", "V"))
         noise = torch.Generator(device)
         one, zero = torch.ones((), device=device), torch.zeros((), device=device)
         nothing = dict.fromkeys(("solved", *SOLVED, "measured", *MEASURED), zero)
+        cg_seconds = 0.0  # wall time of conjugate gradients since the row
 
         @torch.no_grad()
         def act(obs, generator):  # (N, 4, 84, 84) -> (N,)
@@ -299,53 +308,60 @@ def train(args):
 
             # eps, and the natural gradient where one is wanted
             left = max(0.0, 1 - run.step / args.schedule_timesteps)
-            eps, solution = torch.tensor(args.eps * left, device=device), None
+            eps, solution = torch.full((), args.eps * left, device=device), None
             K = args.measure_every
             measured = K and (run.step // B + 1) % K == 0
             if args.solver == "cg" or args.target_kl or measured:
-                solution = solve(net, old, args)
+                solution, seconds = solve(net, old, args)
+                cg_seconds += seconds
                 if args.target_kl:
                     eps = left * eps_for_kl(args.target_kl, tau, solution.xFx)
 
             # policy step: fit Q = V_old + tau log(pi / pi_bar) to the damped target
-            theta_old, losses = flat(net.of("pi")), dict(policy=[], value=[])
-            target = log_pi_target(at(old.log_pi, old.a), old.A, eps, tau)
+            theta_old, losses = flat(net.of("pi")), []
+            log_pi_a = at(old.log_pi, old.a)
+            target = log_pi_target(log_pi_a, old.A, eps, tau)
             if args.solver == "cg":
-                theta = theta_old + eps / tau * solution.x  # Eq. 66
-                finite = theta.isfinite().all()
-                set_flat(net.of("pi"), torch.where(finite, theta, theta_old))
-                before = regression_loss(at(old.log_pi, old.a), target).mean()
-                losses["policy"].append(torch.where(finite, before, math.nan))
+                finite = move(net.of("pi"), eps / tau * solution.x)  # Eq. 66, 67
+                L = regression_loss(log_pi_a, target).mean()
+                losses.append(torch.where(finite, L, math.nan))
             else:
                 for i in minibatches(args.passes, B, args.minibatch_size, noise):
                     L = regression_loss(at(net(old.s[i]), old.a[i]), target[i]).mean()
-                    losses["policy"].append(descend(L, adam, args.learning_rate * left, args))
-            theta = flat(net.of("pi"))
+                    losses.append(descend(L, adam, args.learning_rate * left, args))
+            policy_loss = torch.stack(losses).mean()
+            d = flat(net.of("pi")) - theta_old
             with torch.no_grad():
                 log_pi_new = net(old.s)
 
-            # value step: fit V on its own
+            # value step: fit V on its own, unless the policy step failed
+            losses = []
             for i in minibatches(args.value_passes, B, args.minibatch_size, noise):
                 L = 0.5 * (net.V(old.s[i]) - old.V_hat[i]).square().mean()  # Eq. 53
-                losses["value"].append(descend(L, adam_V, args.value_learning_rate * left, args))
+                L = L + 0 * policy_loss
+                losses.append(descend(L, adam_V, args.value_learning_rate * left, args))
 
             # log, save
-            means = {f"{k}_loss": torch.stack(v).mean() for k, v in losses.items()}
-            terms = means | statistics(old, log_pi_new, log_pi_bar, eps, tau) | nothing
-            if solution:
+            terms = dict(policy_loss=policy_loss, value_loss=torch.stack(losses).mean())
+            terms |= statistics(old, log_pi_new, log_pi_bar, eps, tau) | nothing
+            if solution is not None:
                 terms |= dict(solved=one, cg_iterations=solution.iterations,
-                              cg_residual=solution.residual, cg_seconds=solution.seconds,
+                              cg_residual=solution.residual,
                               kl_predicted=quadratic_kl(eps, tau, solution.xFx))
             if measured:
                 with torch.no_grad():
                     log_pi_refit = net(old.s)
-                terms |= measure(solution, theta - theta_old, flat(net.of("pi")) - theta_old,
-                                 old.log_pi, log_pi_new, log_pi_refit, eps, tau)
+                d_refit = flat(net.of("pi")) - theta_old
+                terms |= measure(solution, d, d_refit, old.log_pi, log_pi_new, log_pi_refit,
+                                 eps, tau)
+            del solution  # with the activations of the batch
             run.count(terms)
             run.step += B
             if run.due("log"):
                 lr = args.learning_rate * left
-                run.log(dict(row_of(run.means(), constant, A), learning_rate=lr))
+                row = row_of(run.means(), constant, A)
+                run.log(dict(row, learning_rate=lr, cg_seconds=cg_seconds))
+                cg_seconds = 0.0
             if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
                 run.save(restarts=True)
                 obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
@@ -391,17 +407,21 @@ def flat(parameters):
 
 
 @torch.no_grad()
-def set_flat(parameters, theta):
-    """Sets them to what a row (P,) holds."""
-    for p, part in zip(parameters, theta.split([p.numel() for p in parameters])):
-        p.copy_(part.view_as(p))
+def move(parameters, step):
+    """Adds a step (P,) to them, or nothing if it is not finite; returns whether it is, ()."""
+    finite = step.isfinite().all()
+    for p, part in zip(parameters, step.split([p.numel() for p in parameters])):
+        p.add_(torch.where(finite, part, 0.0).view_as(p))
+    return finite
 
 
-def jacobian(log_pi_of, theta):
-    """The Jacobian at theta (P,) of a function from theta to log pi (B, A)."""
-    _, transposed = torch.func.vjp(log_pi_of, theta)
-    return Jacobian(lambda v: torch.func.jvp(log_pi_of, (theta,), (v,))[1],
-                    lambda u: transposed(u)[0])
+def jacobian(log_pi_of, theta, a):
+    """The Jacobian at theta (P,) of a function from theta to log pi (B, A), with a (B,)."""
+    def times(v):
+        return torch.func.jvp(log_pi_of, (theta,), (v,))[1]
+
+    _, transposed = torch.func.vjp(lambda theta: at(log_pi_of(theta), a), theta)
+    return Jacobian(times, lambda v: at(times(v), a), lambda u: transposed(u)[0])
 
 
 class Solution(NamedTuple):
@@ -409,15 +429,15 @@ class Solution(NamedTuple):
 
     J: Jacobian
     x: torch.Tensor  # (P,) the natural gradient
+    Jx: torch.Tensor  # (B, A)
     xFx: torch.Tensor  # () x^T F_all x
-    residual: torch.Tensor  # () |F_hat x + lambda x - g_hat| / |g_hat|
+    residual: torch.Tensor  # () |g_hat - F_hat x - lambda x| / |g_hat|
     iterations: torch.Tensor  # ()
-    seconds: torch.Tensor  # () wall time for all of it
 
 
 @torch.no_grad()
 def solve(net, old, args):
-    """The natural gradient on a batch by conjugate gradients, and its length in F_all."""
+    """The natural gradient on a batch by conjugate gradients, its length, and the wall time."""
     began, parameters = clock(old.s.device), net.of("pi")
     names, sizes = net.names("pi"), [p.numel() for p in parameters]
 
@@ -425,13 +445,11 @@ def solve(net, old, args):
         parts = (part.view_as(p) for part, p in zip(theta.split(sizes), parameters))
         return torch.func.functional_call(net, dict(zip(names, parts)), (old.s,))
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 keeps three digits
-        J = jacobian(log_pi_of, flat(parameters))
-        x, residual, iterations = natural_gradient(J, old.a, old.A, old.log_pi.shape[-1],
-                                                   args.damping, args.cg_iterations)
-        xFx = all_action_fisher(J, old.log_pi, x, x)
-    seconds = torch.tensor(clock(old.s.device) - began, device=old.s.device)
-    return Solution(J, x, xFx, residual, iterations, seconds)
+    J = jacobian(log_pi_of, flat(parameters), old.a)
+    x, residual, iterations = natural_gradient(J, old.A, args.damping, args.cg_iterations)
+    Jx = J.times(x)
+    solution = Solution(J, x, Jx, all_action_fisher(old.log_pi, Jx, Jx), residual, iterations)
+    return solution, clock(old.s.device) - began
 
 
 def clock(device):
@@ -446,23 +464,27 @@ def measure(solution, d, d_refit, log_pi_old, log_pi_new, log_pi_refit, eps, tau
     """Compares the step d (P,) that was taken with the natural gradient step on the same batch.
 
     d_refit and log_pi_refit are after the value step, which moves the policy where trunks are
-    shared. cosine_fisher and the KLs do not depend on how the policy is parameterised.
+    shared. cosine_fisher and the KLs do not depend on how the policy is parameterised. x is what
+    conjugate gradients left after their iterations, and is damped.
     """
-    J, x, xFx, *_ = solution
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        dFx, dFd, rFr = (all_action_fisher(J, log_pi_old, v, w)
-                         for v, w in ((d, x), (d, d), (d_refit, d_refit)))
+    x, Jx, xFx, Jd, Jd_refit = *solution[1:4], *map(solution.J.times, (d, d_refit))
+    dFx, dFd, rFr = (all_action_fisher(log_pi_old, *pair)
+                     for pair in ((Jd, Jx), (Jd, Jd), (Jd_refit, Jd_refit)))
     return dict(measured=torch.ones_like(xFx),
-                cosine=d @ x / (d.norm() * x.norm()).clamp(min=1e-30),
-                cosine_fisher=dFx / (dFd * xFx).sqrt().clamp(min=1e-30),
-                norm_ratio=d.norm() / (eps / tau * x.norm()).clamp(min=1e-30),
+                cosine=ratio(d @ x, d.norm() * x.norm()),
+                cosine_fisher=ratio(dFx, dFd.sqrt() * xFx.sqrt()),
+                norm_ratio=ratio(d.norm(), eps / tau * x.norm()),
                 kl_measured=kl_moved(log_pi_old, log_pi_new), kl_quadratic=0.5 * dFd,
-                kl_refit=kl_moved(log_pi_old, log_pi_refit),
-                kl_refit_quadratic=0.5 * rFr)
+                kl_refit=kl_moved(log_pi_old, log_pi_refit), kl_refit_quadratic=0.5 * rFr)
+
+
+def ratio(a, b):
+    """a / b, or 0 where b is 0, as with eps = 0."""
+    return torch.where(b == 0, 0.0, a / b)
 
 
 def kl_moved(log_pi_old, log_pi_new):
-    """Mean KL[pi_old || pi_new], (). Normalised in float64: 1e-7 of it is noise in float32."""
+    """Mean KL[pi_old || pi_new], (). In float32 pi sums to 1 up to 1e-7, which counted as KL."""
     return kl_divergence(*(x.double().log_softmax(-1) for x in (log_pi_old, log_pi_new))).mean()
 
 
@@ -480,7 +502,7 @@ def statistics(old, log_pi_new, log_pi_bar, eps, tau):
     terms = dict(V=old.V, V_hat=old.V_hat, V_hat_sq=old.V_hat.square(), Delta=Delta,
                  Delta_sq=Delta.square(), KL=kl_divergence(old.log_pi, log_pi_bar),
                  kl_moved=kl_moved(old.log_pi, log_pi_new), eps=eps, q_loss=after,
-                 residual=after / before.clamp(min=1e-30))
+                 residual=ratio(after, before))
     return {name: term.mean() for name, term in terms.items()}
 
 

@@ -199,10 +199,12 @@ def test_q_target_is_equation_46_forward(double):
 @pytest.mark.parametrize("name", ["n_step_returns", "kl_divergence", "sample", "gumbel_noise",
                                   "explained_variance"])
 def test_what_a2c_proper_has_too_is_the_same(name):
-    """Its tests against exact sums then hold here."""
-    a2c_proper = importlib.import_module("a2c_proper")
-    assert inspect.getsource(getattr(pgql_equiv, name)) == inspect.getsource(
-        getattr(a2c_proper, name))
+    """Its tests against exact sums then hold here, and for natural_pg_damped.py."""
+    a2c_proper, *others = map(importlib.import_module,
+                              ("a2c_proper", "pgql_equiv", "natural_pg_damped"))
+    found = [inspect.getsource(getattr(x, name)) for x in others if hasattr(x, name)]
+    assert set(found) == {inspect.getsource(getattr(a2c_proper, name))}
+    assert len(found) == 2 or name == "n_step_returns"
 
 
 def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):

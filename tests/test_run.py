@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME = {"wall_time", "sps"}  # the columns that two equal runs may differ in
+TIME = {"wall_time", "sps", "cg_seconds"}  # the columns that two equal runs may differ in
 TINY = dict(env_id="ALE/Breakout-v5", num_envs=2, total_timesteps=400, log_every=70, eval_every=0,
             eval_episodes=0, checkpoint_every=0, max_episode_frames=300, device="cpu")
 OWN = {"soft_dqn": dict(learning_starts=40, buffer_size=300, batch_size=4,

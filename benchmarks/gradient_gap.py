@@ -1,0 +1,147 @@
+"""How far apart the two gradients of pgql_equiv.py are for a sample, as a function of tau.
+
+    python benchmarks/gradient_gap.py train    seven short runs, one for each tau, in runs/gap
+    python benchmarks/gradient_gap.py          measures; writes results/gap (needs the extra "plot")
+
+The gap between the gradients of ql_loss and pg_loss for a sample is of order tau and averages to
+nothing over actions. Its size is given relative to the policy gradient: the root mean square over
+single samples, and the norm for means over batches. On small random MDPs, all pairs (s, a) in the
+proportion of the policy; on Krull, 8 batches of 80 samples each, played by a network that was
+trained with the same tau.
+"""
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import pgql_equiv  # noqa: E402
+from exact import MDP, Model  # noqa: E402
+
+TAUS = 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
+GAME, STEPS, SEEDS, BATCHES, C, GAMMA = "ALE/Krull-v5", 100_000, 5, 8, 0.5, 0.99
+RUNS, RESULTS = ROOT / "runs" / "gap", ROOT / "results" / "gap"
+
+
+def train():
+    """Runs what is missing, one after the other, on one thread."""
+    for tau in TAUS:
+        if not list((RUNS / f"tau{tau:g}").glob("*/eval.csv")):
+            folder = str((RUNS / f"tau{tau:g}").relative_to(ROOT))
+            command = ["pgql_equiv.py", "--tau", f"{tau:g}", "--env-id", GAME, "--total-timesteps",
+                       str(STEPS), "--threads", "1", "--runs-dir", folder]
+            print("+", *command, flush=True)
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def gradients(loss, x, tau, parameters):
+    """The gradient of a loss (T, N) for each sample, (T N, P), in float64."""
+    rows = []
+    for term in loss(x, tau, C).flatten():
+        g = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if part is None else part).flatten()
+                               for part, p in zip(g, parameters)]).double())
+    return torch.stack(rows)
+
+
+def relative(gap, pg, weights):
+    """Root mean square of the gap over that of the policy gradient, (samples, P) each."""
+    return float(((weights @ gap.square().sum(-1)) / (weights @ pg.square().sum(-1))).sqrt())
+
+
+def on_mdp(tau, seed):
+    """All (s, a) of a random MDP; V of a random network, one-step returns."""
+    mdp = MDP(seed, S=6, A=4)
+    model = Model(mdp, seed + 10)
+    log_pi, V = model()
+    s, a = (x.flatten() for x in torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij"))
+    zero = torch.zeros(1, len(s))
+    rollout = pgql_equiv.Rollout(None, a[None], mdp.r[s, a][None], mdp.ends[s, a][None], zero, zero)
+    V_n = (mdp.p[s, a] @ V).detach()
+    x = pgql_equiv.samples(log_pi[s][None], V[s][None], rollout, V_n, torch.tensor(0.0), tau, GAMMA)
+    pg, gap = (gradients(f, x, tau, model.weights) for f in (pgql_equiv.pg_loss, pgql_equiv.gap))
+    weights = log_pi[s, a].exp().detach() / 6
+    return relative(gap, pg, weights), float((weights @ gap).norm() / (weights @ pg).norm())
+
+
+def on_krull(tau):
+    """Batches of 5 steps of 16 environments by the network that was trained with this tau."""
+    folder, = (path.parent for path in (RUNS / f"tau{tau:g}").glob("*/checkpoint.pt"))
+    saved = pgql_equiv.read_checkpoint(folder)
+    args = pgql_equiv.Args(**saved["args"])
+    envs, T, N = pgql_equiv.Atari(args, args.num_envs), args.num_steps, args.num_envs
+    net = pgql_equiv.ActorCritic(envs.n_actions)
+    net.load_state_dict(saved["net"])
+    parameters, generator = list(net.parameters()), torch.Generator().manual_seed(0)
+    s = envs.reset(pgql_equiv.seeds(0, 0, "evaluation", N))
+    samples, batches = [], []
+    for k in range(40 * BATCHES):  # every 40th batch is measured, some 13 seconds of play apart
+        obs, a, rest = [torch.from_numpy(s.copy())], [], []
+        for _ in range(T):
+            with torch.no_grad():
+                noise = pgql_equiv.gumbel_noise((N, envs.n_actions), generator)
+                a.append(pgql_equiv.sample(net(obs[-1])[0], noise))
+            s, reward, terminated, truncated, _ = envs.step(a[-1].numpy())
+            rest.append((np.sign(reward), terminated, truncated))
+            obs.append(torch.from_numpy(s.copy()))
+        if k % 40 < 39:
+            continue
+        r, terminated, truncated = torch.tensor(np.array(rest, np.float32)).transpose(0, 1)
+        obs, zero = torch.stack(obs), torch.zeros(T, N)
+        rollout = pgql_equiv.Rollout(obs, torch.stack(a), r, terminated, truncated, zero)
+        with torch.no_grad():
+            V_n = net(obs[T])[1]
+        x = pgql_equiv.samples(*net(obs[:T]), rollout, V_n, torch.tensor(0.0), tau, GAMMA)
+        pg, gap = (gradients(f, x, tau, parameters) for f in (pgql_equiv.pg_loss, pgql_equiv.gap))
+        samples.append([gap.square().sum(-1).mean(), pg.square().sum(-1).mean()])
+        batches.append([gap.mean(0).norm().square(), pg.mean(0).norm().square()])
+    return (math.sqrt(gap / pg) for gap, pg in np.mean([samples, batches], axis=1))
+
+
+def measure():
+    """Writes results/gap/gap.csv, provenance.json and gap.png."""
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for tau in TAUS:
+        torch.set_default_dtype(torch.float64)
+        mdps = np.array([on_mdp(tau, seed) for seed in range(SEEDS)])
+        torch.set_default_dtype(torch.float32)
+        sample, batch = on_krull(tau)
+        rows.append([tau, *mdps[:, 0].tolist(), max(mdps[:, 1]), sample, batch])
+        print(*(f"{x:.3g}" for x in rows[-1]), flush=True)
+    header = ["tau", *(f"mdp{i}_sample" for i in range(SEEDS)), "mdp_expectation", "krull_sample",
+              "krull_batch80"]
+    with open(RESULTS / "gap.csv", "w", newline="") as f:
+        csv.writer(f).writerows([header, *([f"{x:.6g}" for x in row] for row in rows)])
+    about = pgql_equiv.provenance(torch.device("cpu"), pgql_equiv.Args(env_id=GAME))
+    del about["args"]
+    (RESULTS / "provenance.json").write_text(json.dumps(about, indent=1) + "\n")
+    draw(rows)
+
+
+def draw(rows):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    tau, *columns = (list(column) for column in zip(*rows))
+    for i, column in enumerate(columns[:SEEDS]):
+        ax.plot(tau, column, ":", color="0.5", lw=1, label="" if i else "a sample, 5 random MDPs")
+    ax.plot(tau, columns[-2], "o-", color="C0", label="a sample, Krull")
+    ax.plot(tau, columns[-1], "s--", color="C1", label="mean of 80 samples, Krull")
+    ax.axvline(0.01, color="0.7", lw=0.8)
+    ax.set(xscale="log", yscale="log", xlabel="tau", ylabel="gap / policy gradient",
+           title="soft Q-learning minus policy gradient")
+    ax.legend(fontsize=8)
+    figure.savefig(RESULTS / "gap.png", dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    {("train",): train, (): measure}.get(tuple(sys.argv[1:]), lambda: sys.exit(__doc__))()

@@ -1,0 +1,1 @@
+"""A check of each numbered equation of the paper, one module for each part of it."""
