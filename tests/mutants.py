@@ -4,7 +4,8 @@
     python tests/mutants.py soft_dqn --list       only list them
 
 A mutant flips a sign, drops a factor tau, gamma, eps or c, a mask or a stop-gradient, changes a
-number, an operator or an index. It survives if test_equations.py and the tests of the script pass.
+number, an operator or an index. It survives if the checks of test_equations.py that go through the
+script, and the script's own tests, pass.
 Not collected by pytest: it takes minutes per script.
 """
 import io
@@ -71,9 +72,11 @@ def survives(script, source):
         module.__file__ = str(ROOT / f"{script}.py")
         sys.modules[script] = module
         exec(compile(source, module.__file__, "exec"), vars(module))
+        from test_equations import base
         chosen = " and ".join(f"not {word}" for word in SKIP)
-        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", chosen,
-                            str(ROOT / "tests" / "test_equations.py"),
+        checks = [str(ROOT / "tests" / f"test_equations.py::test_equation[{n}]")
+                  for n, check in base.CHECKS.items() if any(script in x for x in check.computed_by)]
+        code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", chosen, *checks,
                             str(ROOT / "tests" / f"{TESTS[script]}.py")])
     finally:
         os._exit(int(code))

@@ -94,7 +94,7 @@ def residual_of(check, measured):
     """What the residual column says: bound and measured residual, then those of the misprint."""
     (residual, printed), tens = measured, "{:.0e}".format
     text = f"< {tens(check.bound)} ({tens(residual)})"
-    return text + (f"; printed > {check.margin:g} ({printed:.1g})" if printed else "")
+    return text + (f"; printed > {check.margin:g} ({printed:.2g})" if printed else "")
 
 
 def test_the_document_has_a_row_for_every_equation():
