@@ -1,6 +1,7 @@
 """What the README says was measured is what lies in results/."""
 import csv
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,47 @@ def test_gradients_of_the_committed_runs_are_as_far_apart_as_the_readme_says():
     assert "is 0.9988 or more" in text and min(cosine) >= 0.9988
     assert "0.0004 to 0.05 of" in text and 0.0004 < min(gap) < max(gap) < 0.05
     assert "less than 3.5e-6 of" in text and max(error) < 3.5e-6
+
+
+def test_what_was_tried_is_committed_with_its_scores():
+    """The table of benchmarks/README.md, and the three scores that the README quotes of it."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    found = re.findall(r"\| ([\d, ]+|last \d+) \| `(\w[\w.]*)` \|$", text, re.M)
+    assert len(found) >= 6
+    for scores, folder in found:
+        path = KRULL / "tried" / folder / "eval.csv"
+        measured = [round(x) for x in column(path, "score_mean")]
+        expected = [int(x) for x in re.findall(r"\d+", scores)]
+        assert measured[-len(expected):] == expected and path.with_name("args.json").exists()
+    quoted = re.search(r"reaches (\d+) and (\d+)\non two seeds, hard (\d+) on one",
+                       (ROOT / "README.md").read_text())
+    folders = "soft_n3_lr2.5", "ent01_n3_lr2.5_seed1", "hard_n3_lr2.5_seed1"
+    for score, folder in zip(quoted.groups(), folders):
+        assert int(score) == round(column(KRULL / "tried" / folder / "eval.csv", "score_mean")[-1])
+
+
+def test_what_the_defaults_of_natural_pg_damped_rest_on_is_committed():
+    """Scores, KL, residual and cosines of the table, by run."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    names = {"**default**": "base", "`--eps 3e-4`": "eps3e-4", "`--eps 3e-3`": "eps3e-3",
+             "`--passes 2": "passes2v1", "`--value shared`": "shared", "`--value head`": "head"}
+    lines = re.findall(r"^\| (.*) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d., ]+) \| ([\d., ]+) \|$",
+                       text, re.M)
+    assert len(lines) >= 5
+    for about, score, kl, left, cosine, length in lines:
+        folder, = (folder for name, folder in names.items() if about.startswith(name))
+        path = KRULL / "tried" / f"natural_{folder}" / "metrics.csv"
+        with open(path, newline="") as f:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        games = [row for row in rows if 20_000 < row["step"] < 41_500 and row["episodes"]]
+        played = sum(row["episodes"] for row in games)
+        mean = sum(row["episodes"] * row["score_mean"] for row in games) / played
+        assert round(mean) == int(score)
+        rows = [row for row in rows if 10_000 < row["step"] < 41_500]
+        for name, value in (("kl_moved", kl), ("residual", left)):
+            median = statistics.median(row[name] for row in rows)
+            assert float(value) == pytest.approx(median, rel=0.05)
+        measured = [row for row in rows if row["cosine"] == row["cosine"]]
+        for name, values in (("cosine_fisher", cosine), ("norm_ratio", length)):
+            assert [float(x) for x in values.split(", ")] == pytest.approx(
+                [row[name] for row in measured], abs=0.06)
