@@ -202,8 +202,7 @@ class Args:
     passes: int = 4  # passes of the regression over a rollout
     minibatch_size: int = 128  # samples per step of Adam, policy and value
     learning_rate: float = 2.5e-4  # Adam step size of the policy at the start, decays linearly
-    value: Literal["separate", "head", "shared"] = "separate"  # what V fits: own trunk; head on
-    # the policy's trunk; that trunk and head, which moves the policy
+    value: Literal["separate", "head", "shared"] = "separate"  # V: own trunk, own head, joint trunk
     value_passes: int = 2  # passes of the value fit over a rollout
     value_learning_rate: float = 2.5e-4  # Adam step size of the value at the start, decays linearly
     max_grad_norm: float = 0.5  # largest norm of a minibatch's gradient, policy or value
