@@ -363,7 +363,7 @@ def measured(folder, name="metrics.csv"):
 # In Breakout's black frames, with biases of 0, ReLUs stand exactly in their kinks before training.
 REAL = dict(env_id="ALE/Krull-v5", total_timesteps=192, log_every=64, measure_every=1,
             num_envs=4, num_steps=16, n_step=8, minibatch_size=32, schedule_timesteps=10_000,
-            eps=1e-4, cg_iterations=10)
+            eps=1e-4, cg_iterations=10, passes=4, value_passes=2)
 
 
 @pytest.mark.parametrize("flags", [dict(solver="cg"), dict(solver="regression"),
