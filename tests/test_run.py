@@ -20,8 +20,8 @@ TINY = dict(env_id="ALE/Breakout-v5", num_envs=2, total_timesteps=400, log_every
             eval_episodes=0, checkpoint_every=0, max_episode_frames=300, device="cpu")
 OWN = {"soft_dqn": dict(learning_starts=40, buffer_size=300, batch_size=4,
                         target_network_frequency=100),  # what is tiny for one script
-       "natural_pg_damped": dict(num_steps=10, n_step=3, minibatch_size=10, passes=1, value_passes=1,
-                                 measure_every=7, cg_iterations=2)}
+       "natural_pg_damped": dict(num_steps=10, n_step=3, minibatch_size=10, passes=1,
+                                 value_passes=1, measure_every=7, cg_iterations=2)}
 
 
 def tiny(script, folder, **flags):
