@@ -1,6 +1,7 @@
 """How far apart the two gradients of pgql_equiv.py are for a sample, as a function of tau.
 
-    python benchmarks/gradient_gap.py train    seven short runs, one for each tau, in runs/gap
+    python benchmarks/gradient_gap.py train    seven short runs, one for each tau, in runs/gap;
+                                               two of these at once share the work
     python benchmarks/gradient_gap.py          measures; writes results/gap (needs the extra "plot")
 
 The gap between the gradients of ql_loss and pg_loss for a sample is of order tau and averages to
@@ -25,14 +26,14 @@ import pgql_equiv  # noqa: E402
 from exact import MDP, Model  # noqa: E402
 
 TAUS = 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
-GAME, STEPS, SEEDS, BATCHES, C, GAMMA = "ALE/Krull-v5", 100_000, 5, 8, 0.5, 0.99
+GAME, STEPS, SEEDS, BATCHES, C, GAMMA = "ALE/Krull-v5", 50_000, 5, 8, 0.5, 0.99
 RUNS, RESULTS = ROOT / "runs" / "gap", ROOT / "results" / "gap"
 
 
 def train():
-    """Runs what is missing, one after the other, on one thread."""
+    """Runs what is missing, or not begun by another process, one after the other, on one thread."""
     for tau in TAUS:
-        if not list((RUNS / f"tau{tau:g}").glob("*/eval.csv")):
+        if not (RUNS / f"tau{tau:g}").exists():
             folder = str((RUNS / f"tau{tau:g}").relative_to(ROOT))
             command = ["pgql_equiv.py", "--tau", f"{tau:g}", "--env-id", GAME, "--total-timesteps",
                        str(STEPS), "--threads", "1", "--runs-dir", folder]
