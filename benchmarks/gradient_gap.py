@@ -34,6 +34,7 @@ def train():
     """Runs what is missing, or not begun by another process, one after the other, on one thread."""
     for tau in TAUS:
         if not (RUNS / f"tau{tau:g}").exists():
+            (RUNS / f"tau{tau:g}").mkdir(parents=True)
             folder = str((RUNS / f"tau{tau:g}").relative_to(ROOT))
             command = ["pgql_equiv.py", "--tau", f"{tau:g}", "--env-id", GAME, "--total-timesteps",
                        str(STEPS), "--threads", "1", "--runs-dir", folder]
