@@ -89,3 +89,24 @@ def test_what_the_defaults_of_natural_pg_damped_rest_on_is_committed():
         for name, values in (("cosine_fisher", cosine), ("norm_ratio", length)):
             assert [float(x) for x in values.split(", ")] == pytest.approx(
                 [row[name] for row in measured], abs=0.06)
+
+
+def test_steps_of_the_committed_runs_are_as_near_the_natural_gradient_as_the_readme_says():
+    """Cosines and KL of 42 batches, and the scores at 100,000 steps beside those of a2c_proper."""
+    runs = sorted(KRULL.glob("natural/seed*/metrics.csv"))
+    values = {name: [x for path in runs for x in column(path, name) if x == x] for name in (
+        "cosine", "cosine_fisher", "kl_measured", "kl_quadratic")}
+    values["kl"] = [a / b for a, b in zip(values["kl_measured"], values["kl_quadratic"])]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "42 measured batches" in text and len(values["cosine"]) == 42
+    for name, pattern in (("cosine_fisher", r"cosine of ([\d.]+) to ([\d.]+) with"),
+                          ("cosine", r"in parameters ([\d.]+) to ([\d.]+),"),
+                          ("kl", r"it moves is ([\d.]+) to ([\d.]+) of")):
+        low, high = map(float, re.search(pattern, text).groups())
+        assert round(min(values[name]), 2) == low and round(max(values[name]), 2) == high
+    assert all(abs(x - 1) < 0.2 for x in values["kl"]), "within 20% of the prediction"
+    quoted = re.search(r"(\d+), (\d+) and (\d+) after 100,000 steps, where that has "
+                       r"(\d+), (\d+) and (\d+);", text).groups()
+    found = [round(column(KRULL / arm / f"seed{seed}" / "eval.csv", "score_mean")[0])
+             for arm in ("natural", "a2c_proper") for seed in (1, 2, 3)]
+    assert list(map(int, quoted)) == found
