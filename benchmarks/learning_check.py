@@ -185,7 +185,7 @@ def draw_curves(base):
                         label=label)
                 ax.plot(*columns(folder / "eval.csv", "step", "score_mean"), "o", ms=4, color=color)
         ax.axhline(base["random"], color="0.5", ls=":", label="random policy")
-        ax.set(title=title, ylim=(0, 4500))
+        ax.set(title=title, ylim=(0, 6000))
         ax.legend(fontsize=8)
     axes[0].set_ylabel(f"{GAME}: score in training; dots: 20 games")
     figure.savefig(RESULTS / "curves.png", dpi=120, metadata={"Software": None})
