@@ -92,10 +92,12 @@ def main(script, *options):
     if not options and not survives(script, source):
         sys.exit("the tests fail without any change")
     alive = 0
-    for row, line, mutated in found:
+    for i, (row, line, mutated) in enumerate(found, 1):
         if options or survives(script, mutated):
             alive += 1
             print(f"{script}.py:{row}: {line}", flush=True)
+        if not options:
+            print(f"{i} of {len(found)}, {alive} survived", end="\r", file=sys.stderr, flush=True)
     print(f"{len(found)} mutants of {script}.py" + ("" if options else f", {alive} survived"))
 
 
