@@ -110,3 +110,15 @@ def test_steps_of_the_committed_runs_are_as_near_the_natural_gradient_as_the_rea
     found = [round(column(KRULL / arm / f"seed{seed}" / "eval.csv", "score_mean")[0])
              for arm in ("natural", "a2c_proper") for seed in (1, 2, 3)]
     assert list(map(int, quoted)) == found
+
+
+def test_gap_table_of_the_equations_page_is_the_committed_one():
+    rows = list(csv.DictReader(open(ROOT / "results" / "gap" / "gap.csv", newline="")))
+    text = (ROOT / "EQUATIONS.md").read_text()
+    for row in rows:
+        x = {k: float(v) for k, v in row.items()}
+        mdps = [x[f"mdp{i}_sample"] for i in range(5)]
+        line = (f"| {x['tau']:g} | {min(mdps):.2g} to {max(mdps):.2g} | {x['krull_sample']:.2g} | "
+                f"{x['krull_batch80']:.2g} |")
+        assert line in text and x["mdp_expectation"] < 1e-15
+    assert len(rows) == 7
