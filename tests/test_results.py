@@ -118,7 +118,7 @@ def test_gap_table_of_the_equations_page_is_the_committed_one():
     for row in rows:
         x = {k: float(v) for k, v in row.items()}
         mdps = [x[f"mdp{i}_sample"] for i in range(5)]
-        line = (f"| {x['tau']:g} | {min(mdps):.2g} to {max(mdps):.2g} | {x['krull_sample']:.2g} | "
-                f"{x['krull_batch80']:.2g} |")
+        line = (f"| {x['tau']:.3f} | {min(mdps):.2g} to {max(mdps):.2g} | "
+                f"{x['krull_sample']:.2g} | {x['krull_batch80']:.2g} |")
         assert line in text and x["mdp_expectation"] < 1e-15
     assert len(rows) == 7
