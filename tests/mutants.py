@@ -1,6 +1,7 @@
 """Changes one character or symbol of an equation in a script and sees whether a test notices.
 
     python tests/mutants.py soft_dqn              every mutant of one script's paper block
+    python tests/mutants.py soft_dqn 40           from the 40th on
     python tests/mutants.py soft_dqn --list       only list them
 
 A mutant flips a sign, drops a factor tau, gamma, eps or c, a mask or a stop-gradient, changes a
@@ -11,6 +12,7 @@ Not collected by pytest: it takes minutes per script.
 import io
 import os
 import re
+import signal
 import sys
 import tokenize
 import types
@@ -66,6 +68,7 @@ def survives(script, source):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     code = 1
+    signal.alarm(300)  # a mutant that never ends is noticed too
     try:
         import pytest
         module = types.ModuleType(script)
@@ -82,23 +85,26 @@ def survives(script, source):
         os._exit(int(code))
 
 
-def main(script, *options):
+def main(script, start="1"):
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     import torch
     torch.set_num_threads(1)
     source = (ROOT / f"{script}.py").read_text()
     found = list(mutants(source))
-    if not options and not survives(script, source):
+    if start == "--list":
+        for row, line, _ in found:
+            print(f"{script}.py:{row}: {line}")
+        return
+    if not survives(script, source):
         sys.exit("the tests fail without any change")
     alive = 0
-    for i, (row, line, mutated) in enumerate(found, 1):
-        if options or survives(script, mutated):
+    for i, (row, line, mutated) in list(enumerate(found, 1))[int(start) - 1:]:
+        if survives(script, mutated):
             alive += 1
-            print(f"{script}.py:{row}: {line}", flush=True)
-        if not options:
-            print(f"{i} of {len(found)}, {alive} survived", end="\r", file=sys.stderr, flush=True)
-    print(f"{len(found)} mutants of {script}.py" + ("" if options else f", {alive} survived"))
+            print(f"{i}: {script}.py:{row}: {line}", flush=True)
+        print(f"{i} of {len(found)}, {alive} survived", end="\r", file=sys.stderr, flush=True)
+    print(f"mutants {start} to {len(found)} of {script}.py: {alive} survived")
 
 
 if __name__ == "__main__":
