@@ -178,6 +178,7 @@ class Args:
     max_episode_frames: int = 108_000  # time limit of a game, emulator frames
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
+    fast: bool = True  # CUDA graphs, no pass of the network twice; --no-fast: as plain as can be
     log_every: int = 10_000  # agent steps per row of metrics.csv
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_episodes: int = 20  # full games per evaluation; 0: none
@@ -226,50 +227,62 @@ def train(args):
         if args.evaluate:
             return run.evaluate(act, "sampled from pi")
 
+        # all of these stay where they are, as a CUDA graph demands
         obs = torch.zeros((T + 1, N, *OBS_SHAPE), dtype=torch.uint8, device=device)
         actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-        host = np.zeros((3, T, N), np.float32)  # reward, terminated, truncated: one copy a rollout
-        obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
+        facts = torch.zeros((3, T, N), device=device)  # reward, terminated, truncated
+        V_final, gumbel = torch.zeros((T, N), device=device), torch.zeros((T, N, A), device=device)
+        rollout = Rollout(obs, actions, *facts, V_final)
+        screens, outcomes = Pinned(obs), Pinned(facts)
+        host = np.zeros((3, T, N), np.float32)
+        kept = [None] * T if args.fast else None  # activations of the rollout
+
+        @torch.no_grad()
+        def choose(t):
+            actions[t] = sample(net(obs[t], kept, t)[0], gumbel[t])
+
+        def update(compared):
+            # targets and loss
+            with torch.no_grad():
+                V_n = net(obs[T])[1]  # (N,) V(s_{t+n})
+            fixed = rollout, V_n, log_pi_bar, args.tau, args.gamma
+            terms = compare(net, obs[:T], fixed, args.tau, c) if compared else nothing
+            x = samples(*net(obs[:T], kept), *fixed)
+            L = {"pg": pg_loss, "ql": ql_loss}[args.update](x, args.tau, c).mean()
+
+            # step
+            optimizer.zero_grad()
+            L.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+            optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
+            return dict(loss=L, **statistics(x, args.tau), grad_norm=norm) | terms
+
+        choose = captured(choose, args, device)
+        update = captured(update, args, device, net, optimizer)
+        screens.send(T, envs.reset(seeds(args.seed, run.step, "training", N)))
 
         while run.goes_on(act, "sampled from pi"):
             # rollout: n steps with the current policy, for either rule
             obs[0] = obs[T]
             noise.manual_seed(int(seeds(args.seed, run.step, "noise", 1)[0]))  # no state to save
-            gumbel = gumbel_noise((T, N, A), noise)
-            V_final = torch.zeros((T, N), device=device)
+            gumbel.copy_(gumbel_noise((T, N, A), noise))
+            V_final.zero_()
             for t in range(T):
-                with torch.no_grad():
-                    actions[t] = sample(net(obs[t])[0], gumbel[t])
+                choose(t)
                 s, reward, terminated, truncated, final_s = envs.step(actions[t].cpu().numpy())
-                obs[t + 1] = torch.from_numpy(s)
+                screens.send(t + 1, s)
                 host[:, t] = np.sign(reward), terminated, truncated
                 if truncated.any():  # rare; s already is the next game's, final_s the cut game's
                     cut = torch.from_numpy(truncated).to(device)
                     with torch.no_grad():
                         V_final[t, cut] = net(torch.from_numpy(final_s).to(device)[cut])[1]
                 run.count_games(envs.ended)
-            r, terminated, truncated = torch.tensor(host, device=device)
-            rollout = Rollout(obs, actions, r, terminated, truncated, V_final)
+            outcomes.send(slice(None), host)
 
-            # targets and loss
-            with torch.no_grad():
-                V_n = net(obs[T])[1]  # (N,) V(s_{t+n})
-            fixed = rollout, V_n, log_pi_bar, args.tau, args.gamma
-            compared = nothing
-            if K and (run.step // (T * N) + 1) % K == 0:  # on passes of its own
-                compared = compare(net, obs[:T], fixed, args.tau, c)
-            x = samples(*net(obs[:T]), *fixed)
-            L = {"pg": pg_loss, "ql": ql_loss}[args.update](x, args.tau, c).mean()
-
-            # step
+            # targets, loss, step; at times a comparison, on passes of its own
             lr = args.learning_rate * max(0.0, 1 - run.step / args.schedule_timesteps)
             optimizer.param_groups[0]["lr"].fill_(lr)
-            optimizer.zero_grad()
-            L.backward()
-            norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
-            optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
-            terms = dict(loss=L, **statistics(x, args.tau), grad_norm=norm)
-            run.count(terms | compared)
+            run.count(update(bool(K) and (run.step // (T * N) + 1) % K == 0))
             run.step += T * N
 
             # log, save
@@ -277,7 +290,7 @@ def train(args):
                 run.log(dict(row_of(run.means(), constant, A), learning_rate=lr))
             if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
                 run.save(restarts=True)
-                obs[T] = torch.from_numpy(envs.reset(seeds(args.seed, run.step, "training", N)))
+                screens.send(T, envs.reset(seeds(args.seed, run.step, "training", N)))
         return run.finish()
 
 
@@ -381,16 +394,57 @@ class ActorCritic(nn.Module):
                 nn.init.orthogonal_(layer.weight, 1.0 if head else math.sqrt(2))
                 nn.init.zeros_(layer.bias)
 
-    def features(self, obs):
-        """obs (..., 4, 84, 84) uint8 -> (..., 512)."""
-        x = obs.flatten(end_dim=-4)  # uint8 until here: a quarter of the memory and of the copies
-        x = x.to(torch.float32, memory_format=torch.channels_last) / 255
-        return self.trunk(x).view(*obs.shape[:-3], 512)
+    def features(self, obs, kept=None, t=None):
+        """obs (..., 4, 84, 84) uint8 -> (..., 512).
 
-    def forward(self, obs):
-        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)."""
-        h = self.features(obs)
+        With kept, a list, and t the activations stay in kept[t]. With kept alone they are taken
+        from there, all t after one another, and nothing but the gradient will be computed.
+        """
+        if kept is not None and t is None:
+            h, *after = map(torch.cat, zip(*kept))
+            for layer, y in zip((x for x in self.trunk if hasattr(x, "weight")), after):
+                h = Recalled.apply(h, layer.weight, layer.bias, y, getattr(layer, "stride", None))
+            return h.view(*obs.shape[:-3], 512)
+        # uint8 until here: a quarter of the memory and of the copies. Stacking along a last axis is
+        # channels-last in a fifth of the time of .to(memory_format=...).
+        h = torch.stack(obs.flatten(end_dim=-4).unbind(1), -1).permute(0, 3, 1, 2)
+        h = h.float().div_(255)
+        activations = [h]
+        for layer in self.trunk:
+            h = layer(h)
+            activations += [h] if isinstance(layer, nn.ReLU) else []
+        if kept is not None:
+            kept[t] = activations
+        return h.view(*obs.shape[:-3], 512)
+
+    def forward(self, obs, kept=None, t=None):
+        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...); kept as features()."""
+        h = self.features(obs, kept, t)
         return self.pi(h).log_softmax(-1), self.V(h).squeeze(-1)
+
+
+class Recalled(torch.autograd.Function):
+    """y = relu(layer(x)), computed when acting: forward returns it, backward is autograd's own.
+
+    With the parameters still the same it saves the update a second forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, y, stride):
+        ctx.save_for_backward(x, weight, y)
+        ctx.stride = stride  # None in a fully connected layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, y = ctx.saved_tensors
+        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        if not ctx.stride:
+            return (dy @ weight).view_as(x), dy.T @ x.flatten(1), dy.sum(0), None, None
+        wanted = [ctx.needs_input_grad[0], True, True]
+        gradients = torch.ops.aten.convolution_backward(
+            dy, x, weight, [len(weight)], ctx.stride, [0, 0], [1, 1], False, [0, 0], 1, wanted)
+        return *gradients, None, None
 # === end shared ===
 
 
@@ -408,9 +462,77 @@ class SoftQ(ActorCritic):
         del self.pi, self.V
         self.Q.weight.data.mul_(tau)
 
-    def forward(self, obs):
-        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)."""
-        return policy_and_value(self.Q(self.features(obs)), self.log_pi_bar, self.tau)
+    def forward(self, obs, kept=None, t=None):
+        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...); kept as features()."""
+        return policy_and_value(self.Q(self.features(obs, kept, t)), self.log_pi_bar, self.tau)
+
+
+# === shared: fast path ===
+def captured(fn, args, device, *changed):
+    """fn as it is, or with --fast on a GPU as CUDA graphs, one for each argument it is called with.
+
+    A graph is one launch in place of a hundred, which at this size take longer than what they
+    launch. fn must work on tensors that stay where they are, never look at a value, and return
+    tensors or nothing; the next call overwrites them. changed: the networks and optimizers that fn
+    changes. Before its capture fn runs, since libraries set themselves up in their first calls, on
+    another stream, as that may not happen on the stream that captures; what these runs changed is
+    put back.
+    """
+    if not args.fast or device.type != "cuda":
+        return fn
+    state = [x for part in changed for x in tensors_of(part.state_dict())]
+    graphs, side = {}, torch.cuda.Stream(device)
+
+    def capture(*key):
+        before = [x.clone() for x in state]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                fn(*key)
+        torch.cuda.current_stream(device).wait_stream(side)
+        for x, old in zip(state, before):
+            x.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = fn(*key)
+        return graph, result
+
+    def replay(*key):
+        if key not in graphs:
+            graphs[key] = capture(*key)
+        graph, result = graphs[key]
+        graph.replay()
+        return result
+
+    return replay
+
+
+def tensors_of(tree):
+    """The tensors in nested dicts and lists, themselves and not copies."""
+    if isinstance(tree, (dict, list, tuple)):
+        branches = tree.values() if isinstance(tree, dict) else tree
+        return [x for branch in branches for x in tensors_of(branch)]
+    return [tree.detach()] if isinstance(tree, torch.Tensor) else []
+
+
+class Pinned:
+    """Fills a tensor from host arrays; on a GPU from pinned memory, so that the host goes on."""
+
+    def __init__(self, tensor):
+        self.to, self.host, self.sent = tensor, tensor, None
+        if tensor.is_cuda:
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.sent = torch.cuda.Event()
+
+    def send(self, i, array):
+        """tensor[i] = array"""
+        if self.sent:
+            self.sent.synchronize()  # what was sent before has left the pinned memory
+        self.host[i] = torch.from_numpy(array)
+        if self.sent:
+            self.to[i].copy_(self.host[i], non_blocking=True)
+            self.sent.record()
+# === end shared ===
 
 
 # === shared: RMSProp ===
@@ -532,7 +654,7 @@ FORMAT = 1  # of checkpoints
 RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
                   eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
                   save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
-FREE_ON_RESUME = {"total_timesteps", "device", "threads", "eval_every", "eval_episodes",
+FREE_ON_RESUME = {"total_timesteps", "device", "threads", "fast", "eval_every", "eval_episodes",
                   "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
 KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
         "updates")

@@ -154,6 +154,7 @@ class Args:
     max_episode_frames: int = 108_000  # time limit of a game, emulator frames
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
+    fast: bool = True  # CUDA graphs, no pass of the network twice; --no-fast: as plain as can be
     log_every: int = 10_000  # agent steps per row of metrics.csv
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_episodes: int = 20  # full games per evaluation; 0: none
@@ -198,12 +199,6 @@ def train(args):
         def act(obs, generator):  # (N, 4, 84, 84) -> (N,)
             return epsilon_greedy(net(obs), args.eval_epsilon, generator)
 
-        @torch.no_grad()
-        def explore(obs):
-            if args.exploration == "boltzmann":
-                return boltzmann_sample(net(obs), args.tau, noise)
-            return epsilon_greedy(net(obs), epsilon_at(run.step, args), noise)
-
         evaluated = f"epsilon-greedy {args.eval_epsilon:g}"
         parts = dict(net=net, target=target, optimizer=optimizer)
         if args.evaluate:
@@ -211,41 +206,59 @@ def train(args):
             return run.evaluate(act, evaluated)
         memory = Replay(N, capacity(args), device, run.folder if args.save_replay else None)
         run.restore(**parts, memory=memory)
+        u = torch.zeros(args.batch_size, dtype=torch.float64, device=device)
+
+        @torch.no_grad()
+        def Q_now():
+            return net(memory.obs)  # (N, A)
+
+        def explore():  # (N,)
+            if args.exploration == "boltzmann":
+                return boltzmann_sample(Q_now(), args.tau, noise)
+            return epsilon_greedy(Q_now(), epsilon_at(run.step, args), noise)
+
+        def update():
+            # targets and loss
+            batch = memory.sample(u, args.n_step)
+            next_obs = batch.next_obs if tau else last_obs(batch)
+            with torch.no_grad():
+                y = targets(batch.r, batch.terminated, batch.truncated, target(next_obs),
+                            log_pi_bar, tau, args.gamma)
+            Q = net(batch.obs)  # (B, A)
+            L = loss(Q, batch.a, y, batch.weight, args.loss)
+
+            # step
+            optimizer.zero_grad()
+            L.backward()
+            norm = clip_each_(net.parameters(), args.max_grad_norm)
+            optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
+            return dict(zip(TERMS, (L, *statistics(Q.detach(), log_pi_bar, tau, args.tau), norm)))
+
+        Q_now = captured(Q_now, args, device)
+        update = captured(update, args, device, net, optimizer)
+        memory.close, memory.fill_open = (captured(fn, args, device)
+                                          for fn in (memory.close, memory.fill_open))
         if 0 < run.step < args.total_timesteps and not args.save_replay:
             refill(memory, envs, explore, noise, run)
-        obs = memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
+        memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
 
         while run.goes_on(act, evaluated):
             # act: the emulator works while the network learns from what it gave before
             noise.manual_seed(int(seeds(args.seed, run.step, "noise", 1)[0]))  # no state to save
-            a = explore(obs)  # (N,)
+            a = explore()
             envs.send(a.cpu().numpy())
 
+            # targets, loss, step
             for _ in range(updates_by(run.step + N, args) - updates_by(run.step, args)):
-                # targets and loss
-                u = torch.rand(args.batch_size, dtype=torch.float64, generator=noise, device=device)
-                batch = memory.sample(u, args.n_step)
-                next_obs = batch.next_obs if tau else last_obs(batch)
-                with torch.no_grad():
-                    y = targets(batch.r, batch.terminated, batch.truncated, target(next_obs),
-                                log_pi_bar, tau, args.gamma)
-                Q = net(batch.obs)  # (B, A)
-                L = loss(Q, batch.a, y, batch.weight, args.loss)
-
-                # step
-                optimizer.zero_grad()
-                L.backward()
-                norm = clip_each_(net.parameters(), args.max_grad_norm)
-                optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
-                values = L, *statistics(Q.detach(), log_pi_bar, tau, args.tau), norm
-                run.count(dict(zip(TERMS, values)))
+                torch.rand(u.shape, generator=noise, out=u)
+                run.count(update())
             copies = args.target_network_frequency
             if (run.step + N) // copies > run.step // copies:
                 target.load_state_dict(net.state_dict())
 
             # store
             received = envs.recv()
-            obs = memory.add(a, *received, envs.ended)
+            memory.add(a, *received, envs.ended)
             run.count_games(envs.ended)
             run.step += N
 
@@ -257,7 +270,7 @@ def train(args):
                              replay_fill=memory.fill()))
             if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
                 run.save(restarts=True)
-                obs = memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
+                memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
         return run.finish()
 
 
@@ -287,11 +300,11 @@ def refill(memory, envs, explore, noise, run):
     say(f"refills the replay memory with {steps:,} steps, which do not count")
     drawn = seeds(run.args.seed, run.step, "refill", N + 1)
     noise.manual_seed(int(drawn[-1]))
-    obs = memory.begin(envs.reset(drawn[:-1]))
+    memory.begin(envs.reset(drawn[:-1]))
     for _ in range(steps // N):
-        a = explore(obs)
+        a = explore()
         received = envs.step(a.cpu().numpy())
-        obs = memory.add(a, *received, envs.ended)
+        memory.add(a, *received, envs.ended)
         if run.signal:
             run.stop()
     run.row_at += time.monotonic() - began  # steps per second are those of training
@@ -372,9 +385,10 @@ class QNetwork(nn.Module):
 
     def forward(self, obs):
         """obs (..., 4, 84, 84) uint8 -> Q(s, .) (..., A)."""
-        x = obs.flatten(end_dim=-4)  # uint8 until here: a quarter of the memory and of the copies
-        x = x.to(torch.float32, memory_format=torch.channels_last) / 255
-        return self.Q(x).view(*obs.shape[:-3], -1)
+        # uint8 until here: a quarter of the memory and of the copies. Stacking along a last axis is
+        # channels-last in a fifth of the time of .to(memory_format=...).
+        x = torch.stack(obs.flatten(end_dim=-4).unbind(1), -1).permute(0, 3, 1, 2)
+        return self.Q(x.float().div_(255)).view(*obs.shape[:-3], -1)
 
 
 class AdamTF(torch.optim.Optimizer):
@@ -419,6 +433,74 @@ def clip_each_(params, max_norm):
     return torch.stack(norms).norm()
 
 
+# === shared: fast path ===
+def captured(fn, args, device, *changed):
+    """fn as it is, or with --fast on a GPU as CUDA graphs, one for each argument it is called with.
+
+    A graph is one launch in place of a hundred, which at this size take longer than what they
+    launch. fn must work on tensors that stay where they are, never look at a value, and return
+    tensors or nothing; the next call overwrites them. changed: the networks and optimizers that fn
+    changes. Before its capture fn runs, since libraries set themselves up in their first calls, on
+    another stream, as that may not happen on the stream that captures; what these runs changed is
+    put back.
+    """
+    if not args.fast or device.type != "cuda":
+        return fn
+    state = [x for part in changed for x in tensors_of(part.state_dict())]
+    graphs, side = {}, torch.cuda.Stream(device)
+
+    def capture(*key):
+        before = [x.clone() for x in state]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                fn(*key)
+        torch.cuda.current_stream(device).wait_stream(side)
+        for x, old in zip(state, before):
+            x.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = fn(*key)
+        return graph, result
+
+    def replay(*key):
+        if key not in graphs:
+            graphs[key] = capture(*key)
+        graph, result = graphs[key]
+        graph.replay()
+        return result
+
+    return replay
+
+
+def tensors_of(tree):
+    """The tensors in nested dicts and lists, themselves and not copies."""
+    if isinstance(tree, (dict, list, tuple)):
+        branches = tree.values() if isinstance(tree, dict) else tree
+        return [x for branch in branches for x in tensors_of(branch)]
+    return [tree.detach()] if isinstance(tree, torch.Tensor) else []
+
+
+class Pinned:
+    """Fills a tensor from host arrays; on a GPU from pinned memory, so that the host goes on."""
+
+    def __init__(self, tensor):
+        self.to, self.host, self.sent = tensor, tensor, None
+        if tensor.is_cuda:
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.sent = torch.cuda.Event()
+
+    def send(self, i, array):
+        """tensor[i] = array"""
+        if self.sent:
+            self.sent.synchronize()  # what was sent before has left the pinned memory
+        self.host[i] = torch.from_numpy(array)
+        if self.sent:
+            self.to[i].copy_(self.host[i], non_blocking=True)
+            self.sent.record()
+# === end shared ===
+
+
 # === replay memory ===
 SLOT_BYTES = 84 * 84 + 5  # a frame and five facts
 
@@ -443,6 +525,10 @@ class Replay:
         self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)  # slots opened so far
         self.envs = torch.arange(num_envs, device=device)
         self.back = torch.tensor([3, 2, 1, 0], device=device)  # the frames of a stack
+        self.obs = torch.zeros((num_envs, *OBS_SHAPE), dtype=torch.uint8, device=device)  # now
+        self.action = torch.zeros_like(self.head)
+        self.outcome = torch.zeros((3, num_envs), dtype=torch.int8, device=device)
+        self.screens, self.outcomes = Pinned(self.obs), Pinned(self.outcome)
         self.segments, self.saved = [], [0] * num_envs  # files, and head when the last was written
         if folder:
             most, free = 3 * num_envs * capacity * SLOT_BYTES, shutil.disk_usage(folder).free
@@ -451,35 +537,48 @@ class Replay:
 
     def open(self, i, frame, first):
         """Opens the next slot of environments i with (len(i), 84, 84) frames."""
-        at = i, (self.head[i] - 1) % self.C
-        age = torch.where(first, 0, (self.age[at] + 1).clamp(max=3))
         self.head[i] += 1
-        at = i, (self.head[i] - 1) % self.C
+        self.write(i, frame, first)
+
+    def write(self, i, frame, first):
+        """Writes what the newest slot of environments i is opened with."""
+        before, at = ((i, (self.head[i] - back) % self.C) for back in (2, 1))
+        age = torch.where(first, 0, (self.age[before] + 1).clamp(max=3))
         self.frame[at], self.age[at], self.last[at] = frame, age, torch.zeros_like(age)
 
     def begin(self, s):
         """New games in all environments, (N, 4, 84, 84); those that were running count as cut."""
-        obs = torch.from_numpy(s).to(self.device)
+        self.screens.send(slice(None), s)
         self.last[self.envs, (self.head - 1) % self.C] = (self.head > 0).to(torch.uint8)
-        self.open(self.envs, obs[:, 3], torch.ones_like(self.head, dtype=torch.bool))
-        return obs
+        self.open(self.envs, self.obs[:, 3], torch.ones_like(self.head, dtype=torch.bool))
+        return self.obs
 
     def add(self, a, s, reward, terminated, truncated, final_s, ended):
         """Stores a step: the actions (N,), then what Atari.recv and .ended say. Returns obs."""
         first = np.isin(np.arange(len(s)), [game[0] for game in ended])
-        host = np.stack([np.sign(reward), terminated, first]).astype(np.int8)
-        r, terminated, first = torch.from_numpy(host).to(self.device)
-        at = self.envs, (self.head - 1) % self.C
-        self.a[at], self.r[at] = a.to(torch.uint8), r
-        self.terminated[at] = terminated.to(torch.uint8)
+        self.outcomes.send(slice(None), np.stack([np.sign(reward), terminated, first]))
+        self.screens.send(slice(None), s)
+        self.action.copy_(a)
+        self.close()
         if truncated.any():  # rare; s already is the next game's, final_s the cut game's
             i = torch.from_numpy(np.flatnonzero(truncated)).to(self.device)
             frame = torch.from_numpy(final_s[truncated, 3]).to(self.device)
             self.open(i, frame, torch.zeros_like(i, dtype=torch.bool))
             self.last[i, (self.head[i] - 1) % self.C] = 1
-        obs = torch.from_numpy(s).to(self.device)
-        self.open(self.envs, obs[:, 3], first.bool())
-        return obs
+        self.head += 1
+        self.fill_open()
+        return self.obs
+
+    # Both may be captured, and so can be repeated without harm.
+    def close(self):
+        """Completes the open slots with what was done there and what came of it."""
+        at = self.envs, (self.head - 1) % self.C
+        self.a[at], self.r[at] = self.action.to(torch.uint8), self.outcome[0]
+        self.terminated[at] = self.outcome[1].to(torch.uint8)
+
+    def fill_open(self):
+        """Writes the frames of the observations to the slots that were opened last."""
+        self.write(self.envs, self.obs[:, 3], self.outcome[2].bool())
 
     def sample(self, u, n):
         """The transitions that (B,) uniform numbers in [0, 1) pick: each equally likely.
@@ -662,7 +761,7 @@ FORMAT = 1  # of checkpoints
 RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
                   eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
                   save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
-FREE_ON_RESUME = {"total_timesteps", "device", "threads", "eval_every", "eval_episodes",
+FREE_ON_RESUME = {"total_timesteps", "device", "threads", "fast", "eval_every", "eval_episodes",
                   "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
 KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
         "updates")
