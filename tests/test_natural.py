@@ -3,6 +3,7 @@
 Rows 36, 47, 54, 57 and 66-78. Every misprint has an assertion that its printed form fails.
 """
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -182,6 +183,38 @@ def test_conjugate_gradients_leave_a_zero_gradient_alone():
     assert torch.equal(x, torch.zeros(4)) and residual == 0 and iterations == 0
     x, residual, iterations = script.conjugate_gradient(lambda v: 0 * v, torch.ones(4), 5)
     assert torch.equal(x, torch.zeros(4)) and residual == 1 and iterations == 0
+
+
+@exact
+def test_conjugate_gradients_leave_out_a_direction_of_no_curvature():
+    """x stays as it is, and the next iteration goes down what is left of the gradient."""
+    M, g = torch.diag(torch.tensor([2.0, 1.0, 0.5, -0.7])), torch.tensor([0.7, 0.3, 0.1, 0.6])
+    xs, made = [torch.zeros(4)], [0]
+    for k in range(1, 5):
+        x, _, iterations = script.conjugate_gradient(lambda v: M @ v, g, k)
+        xs, made = [*xs, x], [*made, int(iterations)]
+    assert made == [0, 1, 1, 2, 2] and torch.equal(xs[2], xs[1])
+    left = g - M @ xs[1]
+    assert far(xs[3], xs[1] + (left @ left) / (left @ M @ left) * left) < 1e-10
+
+
+@exact
+def test_conjugate_gradients_stop_at_their_tolerance():
+    M = torch.diag(torch.linspace(1, 3, 20))
+    for tolerance, g in itertools.product((0.1, 1e-3, 1e-6), (torch.ones(20), torch.ones(20) * 50)):
+        x, residual, made = script.conjugate_gradient(lambda v: M @ v, g, 50, tolerance)
+        assert residual <= tolerance
+        _, before, _ = script.conjugate_gradient(lambda v: M @ v, g, int(made) - 1, tolerance)
+        assert before > tolerance
+    x, _, made = script.conjugate_gradient(lambda v: 4 * v, torch.ones(1), 5)  # one parameter
+    assert x == 0.25 and made == 1
+
+
+def test_actions_are_drawn_along_the_last_axis():
+    log_pi = torch.tensor([0.2, 0.5, 0.3]).log().expand(2, 5, 3)
+    gumbel = torch.zeros(2, 5, 3)
+    gumbel[1, :, 2] = 1.0
+    assert script.sample(log_pi, gumbel).tolist() == [[1] * 5, [2] * 5]
 
 
 def test_one_gauss_newton_step_on_either_loss_is_the_natural_gradient_step(problem):
