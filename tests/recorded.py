@@ -46,30 +46,30 @@ def tensors(result):
     return [x for x in results if isinstance(x, torch.Tensor)]
 
 
-def captured(fn, args, device, *changed):
-    """In place of the scripts' function of that name."""
-    if not args.fast:
-        return fn
-    recordings = {}
+def captured(replays):
+    """What takes the place of the scripts' captured(); appends to replays whenever one is made."""
+    def capture(fn, args, device, *changed):
+        if not args.fast:
+            return fn
+        recordings = {}
 
-    def replay(*key):
-        if key not in recordings:
-            parts = [x for part in changed for x in leaves(part.state_dict())]
-            before = [x.clone() for x in parts]
-            fn(*key)  # warms up
-            with Recording() as recording:
-                recordings[key] = recording, fn(*key)
-            for x, old in zip(parts, before):  # capturing computes nothing
-                x.copy_(old)
-        recording, result = recordings[key]
-        recording.replay()
-        captured.replays += 1
-        return result
+        def replay(*key):
+            if key not in recordings:
+                state = [x for part in changed for x in leaves(part.state_dict())]
+                before = [x.clone() for x in state]
+                fn(*key)  # warms up
+                with Recording() as recording:
+                    recordings[key] = recording, fn(*key)
+                for x, old in zip(state, before):  # capturing computes nothing
+                    x.copy_(old)
+            recording, result = recordings[key]
+            recording.replay()
+            replays.append(key)
+            return result
 
-    return replay
+        return replay
 
-
-captured.replays = 0
+    return capture
 
 
 def leaves(tree):
