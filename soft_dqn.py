@@ -97,7 +97,7 @@ def targets(r, terminated, truncated, Q, log_pi_bar, tau, gamma):
     a_t is given, and V_Q sums over all actions after it.
     """
     V = soft_value(Q, log_pi_bar, tau).expand_as(r)  # (n, B)
-    KL = kl_divergence(boltzmann(Q, log_pi_bar, tau), log_pi_bar) if tau else 0.0 * V
+    KL = kl_divergence(boltzmann(Q, log_pi_bar, tau), log_pi_bar) if tau else torch.zeros_like(V)
     y = V[-1]  # gamma^n is printed gamma^{t+n}
     for d in reversed(range(len(r))):
         y = torch.where(truncated[d] > 0, V[d], y)

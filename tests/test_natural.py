@@ -210,6 +210,13 @@ def test_conjugate_gradients_stop_at_their_tolerance():
     assert x == 0.25 and made == 1
 
 
+def test_all_action_fisher_sums_over_the_last_axis():
+    log_pi, Jv, Jw = torch.randn(3, 2, 5, 4).unbind()
+    log_pi = log_pi.log_softmax(-1)
+    each = [script.all_action_fisher(*x) for x in zip(log_pi, Jv, Jw)]
+    assert abs(script.all_action_fisher(log_pi, Jv, Jw) - sum(each) / 2) < 1e-6
+
+
 def test_actions_are_drawn_along_the_last_axis():
     log_pi = torch.tensor([0.2, 0.5, 0.3]).log().expand(2, 5, 3)
     gumbel = torch.zeros(2, 5, 3)

@@ -264,6 +264,14 @@ def test_a_large_q_costs_no_digits_of_the_policy(double):
     assert (log_pi - exact).abs().max() < 2e-6
 
 
+def test_a_bad_action_costs_no_digits_of_the_others_in_float32():
+    """In units of tau the worst action is 1e7 away, where float32 knows no halves."""
+    Q = torch.tensor([0.0, -0.5e-3, -1e4])
+    log_pi, V = pgql_equiv.policy_and_value(Q, torch.zeros(3), 1e-3)
+    assert abs(log_pi[0] - log_pi[1] - 0.5) < 1e-6
+    assert abs(V - 1e-3 * math.log(1 + math.exp(-0.5))) < 1e-9
+
+
 def test_compare_measures_the_gradients_themselves(double):
     """Against autograd of a tiny model."""
     mdp = MDP(9)

@@ -290,6 +290,22 @@ def test_each_tensor_is_clipped_by_its_own_norm():
     assert [p.grad.norm().item() for p in params] == pytest.approx([2, 10, 0, 10])
 
 
+def test_the_actions_are_on_the_last_axis_whatever_stands_before_it():
+    g = torch.Generator().manual_seed(5)
+    Q, y, weight = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3), torch.ones(2, 3)
+    a = torch.randint(4, (2, 3), generator=g)
+    for kind in ("huber", "square"):
+        parts = [soft_dqn.loss(*x, kind) for x in zip(Q, a, y, weight)]
+        assert abs(soft_dqn.loss(Q, a, y, weight, kind) - sum(parts) / 2) < 1e-6
+    assert torch.equal(soft_dqn.epsilon_greedy(Q, 0.0, g), Q.argmax(-1))
+    random = torch.stack([soft_dqn.epsilon_greedy(Q, 1.0, g) for _ in range(200)])
+    assert random.shape == (200, 2, 3) and sorted(random.unique().tolist()) == [0, 1, 2, 3]
+    half = torch.stack([soft_dqn.epsilon_greedy(Q, 0.5, g) for _ in range(200)])
+    best = (half == Q.argmax(-1)).float().mean(0)
+    assert ((best > 0.5) & (best < 0.75)).all() and len(best.unique()) > 1, "each on its own"
+    assert torch.equal(soft_dqn.boltzmann_sample(Q, 1e-4, g), Q.argmax(-1))
+
+
 def test_network_has_xavier_uniform_weights_and_3136_features():
     torch.manual_seed(0)
     net = soft_dqn.QNetwork(6)
