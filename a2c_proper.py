@@ -122,7 +122,7 @@ class Args:
     max_episode_frames: int = 108_000  # time limit of a game, emulator frames
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
-    fast: bool = True  # CUDA graphs, no pass of the network twice; --no-fast: as plain as can be
+    fast: bool = True  # CUDA graphs on a GPU, A2C also without a second pass; --no-fast: plainly
     log_every: int = 10_000  # agent steps per row of metrics.csv
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_episodes: int = 20  # full games per evaluation; 0: none
@@ -183,7 +183,7 @@ def train(args):
             # targets and loss
             with torch.no_grad():
                 V_n = net(obs[T])[1]  # (N,) V(s_{t+n})
-            log_pi, V = net(obs[:T], kept)  # (T, N, A), (T, N)
+            log_pi, V = net(obs[:T], kept)  # (T, N, A), (T, N); kept has it all but the gradient
             L, terms = losses(log_pi, V, rollout, V_n, log_pi_bar, args.tau, args.gamma,
                               args.vf_coef)
 
@@ -330,30 +330,32 @@ class Recalled(torch.autograd.Function):
 def captured(fn, args, device, *changed):
     """fn as it is, or with --fast on a GPU as CUDA graphs, one for each argument it is called with.
 
-    A graph is one launch in place of a hundred, which at this size take longer than what they
-    launch. fn must work on tensors that stay where they are, never look at a value, and return
-    tensors or nothing; the next call overwrites them. changed: the networks and optimizers that fn
-    changes. Before its capture fn runs, since libraries set themselves up in their first calls, on
-    another stream, as that may not happen on the stream that captures; what these runs changed is
-    put back.
+    A graph is one launch in place of hundreds, which at this size take longer than the work itself.
+    fn works on tensors that stay where they are, never looks at a value, and returns nothing or a
+    dict or a tensor, which the next call overwrites. Before a capture it runs three times, on the
+    stream that will capture: libraries set themselves up in their first calls, which may not happen
+    in a capture. The networks and optimizers that fn changes are then put back; they must be named
+    in changed. Whatever else it writes has to come out the same however often it runs.
     """
     if not args.fast or device.type != "cuda":
         return fn
     state = [x for part in changed for x in tensors_of(part.state_dict())]
-    graphs, side = {}, torch.cuda.Stream(device)
+    graphs, stream, pool = {}, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def capture(*key):
         before = [x.clone() for x in state]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             for _ in range(3):
                 fn(*key)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(stream)
         for x, old in zip(state, before):
             x.copy_(old)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = fn(*key)
+        if isinstance(result, dict):  # without what autograd keeps for them
+            result = {name: x.detach() for name, x in result.items()}
         return graph, result
 
     def replay(*key):
@@ -378,19 +380,20 @@ class Pinned:
     """Fills a tensor from host arrays; on a GPU from pinned memory, so that the host goes on."""
 
     def __init__(self, tensor):
-        self.to, self.host, self.sent = tensor, tensor, None
+        self.target, self.staging, self.sent = tensor, None, None
         if tensor.is_cuda:
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.sent = torch.cuda.Event()
 
     def send(self, i, array):
         """tensor[i] = array"""
-        if self.sent:
-            self.sent.synchronize()  # what was sent before has left the pinned memory
-        self.host[i] = torch.from_numpy(array)
-        if self.sent:
-            self.to[i].copy_(self.host[i], non_blocking=True)
-            self.sent.record()
+        if self.staging is None:
+            self.target[i] = torch.from_numpy(array)
+            return
+        self.sent.synchronize()  # what was sent before has left the pinned memory
+        self.staging[i] = torch.from_numpy(array)
+        self.target[i].copy_(self.staging[i], non_blocking=True)
+        self.sent.record()
 # === end shared ===
 
 
@@ -412,9 +415,10 @@ class RMSpropTF(torch.optim.Optimizer):
         """One update, or none where finite, a () bool tensor, is False: the host need not look."""
         for group in self.param_groups:
             lr = group["lr"] * finite
+            weight = finite.to(lr.dtype) * (1 - group["decay"])
             for p in group["params"]:  # in place: new memory costs more than the arithmetic
                 mean_square, g = self.state[p]["mean_square"], p.grad.nan_to_num_(0.0, 0.0, 0.0)
-                mean_square.lerp_(g * g, finite.to(g.dtype) * (1 - group["decay"]))
+                mean_square.lerp_(g * g, weight.to(g.dtype))
                 p.sub_((mean_square + group["eps"]).rsqrt_().mul_(g).mul_(lr))
 # === end shared ===
 

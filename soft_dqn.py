@@ -154,7 +154,7 @@ class Args:
     max_episode_frames: int = 108_000  # time limit of a game, emulator frames
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
-    fast: bool = True  # CUDA graphs, no pass of the network twice; --no-fast: as plain as can be
+    fast: bool = True  # CUDA graphs on a GPU, A2C also without a second pass; --no-fast: plainly
     log_every: int = 10_000  # agent steps per row of metrics.csv
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_episodes: int = 20  # full games per evaluation; 0: none
@@ -236,10 +236,9 @@ def train(args):
 
         Q_now = captured(Q_now, args, device)
         update = captured(update, args, device, net, optimizer)
-        memory.close, memory.fill_open = (captured(fn, args, device)
-                                          for fn in (memory.close, memory.fill_open))
+        store = tuple(captured(fn, args, device) for fn in memory.store)
         if 0 < run.step < args.total_timesteps and not args.save_replay:
-            refill(memory, envs, explore, noise, run)
+            refill(memory, envs, explore, noise, run, store)
         memory.begin(envs.reset(seeds(args.seed, run.step, "training", N)))
 
         while run.goes_on(act, evaluated):
@@ -258,7 +257,7 @@ def train(args):
 
             # store
             received = envs.recv()
-            memory.add(a, *received, envs.ended)
+            memory.add(a, *received, envs.ended, store)
             run.count_games(envs.ended)
             run.step += N
 
@@ -293,7 +292,7 @@ def last_obs(batch):
     return batch.next_obs[last, torch.arange(len(last), device=last.device)].unsqueeze(0)
 
 
-def refill(memory, envs, explore, noise, run):
+def refill(memory, envs, explore, noise, run, store):
     """Plays for a resumed run what learning needs to go on; counted in neither steps nor scores."""
     N, began = run.args.num_envs, time.monotonic()
     steps = math.ceil(min(run.step, run.args.learning_starts) / N) * N
@@ -304,7 +303,7 @@ def refill(memory, envs, explore, noise, run):
     for _ in range(steps // N):
         a = explore()
         received = envs.step(a.cpu().numpy())
-        memory.add(a, *received, envs.ended)
+        memory.add(a, *received, envs.ended, store)
         if run.signal:
             run.stop()
     run.row_at += time.monotonic() - began  # steps per second are those of training
@@ -415,11 +414,12 @@ class AdamTF(torch.optim.Optimizer):
             (beta1, beta2), t = group["betas"], group["t"].add_(finite)
             size = group["lr"] * (1 - beta2**t).sqrt() / (1 - beta1**t)
             size = torch.where(finite, size, 0.0)  # a 0-dim tensor does not make float32 float64
+            not_finite, weights = ~finite, [torch.where(finite, 1 - x, 0.0) for x in (beta1, beta2)]
             for p in group["params"]:
                 m, v = self.state[p]["m"], self.state[p]["v"]
-                g = p.grad.masked_fill_(~finite, 0.0)
-                m.lerp_(g, torch.where(finite, 1 - beta1, 0.0).to(g.dtype))
-                v.lerp_(g.square_(), torch.where(finite, 1 - beta2, 0.0).to(g.dtype))
+                g = p.grad.masked_fill_(not_finite, 0.0)
+                m.lerp_(g, weights[0].to(g.dtype))
+                v.lerp_(g.square_(), weights[1].to(g.dtype))
                 root = torch.sqrt(v, out=g).add_(group["eps"])
                 p.sub_(torch.div(m, root, out=root).mul_(size))
 
@@ -437,30 +437,32 @@ def clip_each_(params, max_norm):
 def captured(fn, args, device, *changed):
     """fn as it is, or with --fast on a GPU as CUDA graphs, one for each argument it is called with.
 
-    A graph is one launch in place of a hundred, which at this size take longer than what they
-    launch. fn must work on tensors that stay where they are, never look at a value, and return
-    tensors or nothing; the next call overwrites them. changed: the networks and optimizers that fn
-    changes. Before its capture fn runs, since libraries set themselves up in their first calls, on
-    another stream, as that may not happen on the stream that captures; what these runs changed is
-    put back.
+    A graph is one launch in place of hundreds, which at this size take longer than the work itself.
+    fn works on tensors that stay where they are, never looks at a value, and returns nothing or a
+    dict or a tensor, which the next call overwrites. Before a capture it runs three times, on the
+    stream that will capture: libraries set themselves up in their first calls, which may not happen
+    in a capture. The networks and optimizers that fn changes are then put back; they must be named
+    in changed. Whatever else it writes has to come out the same however often it runs.
     """
     if not args.fast or device.type != "cuda":
         return fn
     state = [x for part in changed for x in tensors_of(part.state_dict())]
-    graphs, side = {}, torch.cuda.Stream(device)
+    graphs, stream, pool = {}, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def capture(*key):
         before = [x.clone() for x in state]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             for _ in range(3):
                 fn(*key)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(stream)
         for x, old in zip(state, before):
             x.copy_(old)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = fn(*key)
+        if isinstance(result, dict):  # without what autograd keeps for them
+            result = {name: x.detach() for name, x in result.items()}
         return graph, result
 
     def replay(*key):
@@ -485,19 +487,20 @@ class Pinned:
     """Fills a tensor from host arrays; on a GPU from pinned memory, so that the host goes on."""
 
     def __init__(self, tensor):
-        self.to, self.host, self.sent = tensor, tensor, None
+        self.target, self.staging, self.sent = tensor, None, None
         if tensor.is_cuda:
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.sent = torch.cuda.Event()
 
     def send(self, i, array):
         """tensor[i] = array"""
-        if self.sent:
-            self.sent.synchronize()  # what was sent before has left the pinned memory
-        self.host[i] = torch.from_numpy(array)
-        if self.sent:
-            self.to[i].copy_(self.host[i], non_blocking=True)
-            self.sent.record()
+        if self.staging is None:
+            self.target[i] = torch.from_numpy(array)
+            return
+        self.sent.synchronize()  # what was sent before has left the pinned memory
+        self.staging[i] = torch.from_numpy(array)
+        self.target[i].copy_(self.staging[i], non_blocking=True)
+        self.sent.record()
 # === end shared ===
 
 
@@ -512,7 +515,7 @@ class Replay:
     done there. The newest slot is open: its frame is there, its action not yet. After a cut game
     comes one slot more than it had steps, with the frame of its last state: `last` is 1 there, and
     no transition starts from it. Environments therefore need not have written equally many slots.
-    Every tensor is allocated here and none changes its shape, so sampling could be captured.
+    Every tensor is allocated here and none changes its shape or place, as a CUDA graph demands.
     """
 
     def __init__(self, num_envs, capacity, device, folder=None):
@@ -553,31 +556,39 @@ class Replay:
         self.open(self.envs, self.obs[:, 3], torch.ones_like(self.head, dtype=torch.bool))
         return self.obs
 
-    def add(self, a, s, reward, terminated, truncated, final_s, ended):
-        """Stores a step: the actions (N,), then what Atari.recv and .ended say. Returns obs."""
+    def add(self, a, s, reward, terminated, truncated, final_s, ended, store=None):
+        """Stores a step: the actions (N,), then what Atari.recv and .ended say. Returns obs.
+
+        store: the functions self.store, possibly captured.
+        """
+        complete, write_new = store or self.store
         first = np.isin(np.arange(len(s)), [game[0] for game in ended])
         self.outcomes.send(slice(None), np.stack([np.sign(reward), terminated, first]))
         self.screens.send(slice(None), s)
         self.action.copy_(a)
-        self.close()
+        complete()
         if truncated.any():  # rare; s already is the next game's, final_s the cut game's
             i = torch.from_numpy(np.flatnonzero(truncated)).to(self.device)
             frame = torch.from_numpy(final_s[truncated, 3]).to(self.device)
             self.open(i, frame, torch.zeros_like(i, dtype=torch.bool))
             self.last[i, (self.head[i] - 1) % self.C] = 1
         self.head += 1
-        self.fill_open()
+        write_new()
         return self.obs
 
-    # Both may be captured, and so can be repeated without harm.
-    def close(self):
+    @property
+    def store(self):
+        """What add() does on the device in every step, in two parts that do no harm if repeated."""
+        return self.complete, self.write_new
+
+    def complete(self):
         """Completes the open slots with what was done there and what came of it."""
         at = self.envs, (self.head - 1) % self.C
         self.a[at], self.r[at] = self.action.to(torch.uint8), self.outcome[0]
         self.terminated[at] = self.outcome[1].to(torch.uint8)
 
-    def fill_open(self):
-        """Writes the frames of the observations to the slots that were opened last."""
+    def write_new(self):
+        """Writes the newest frames to the slots that were opened for them."""
         self.write(self.envs, self.obs[:, 3], self.outcome[2].bool())
 
     def sample(self, u, n):

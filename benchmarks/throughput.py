@@ -4,14 +4,18 @@
     python benchmarks/throughput.py --csv a2c.csv
     python benchmarks/throughput.py --only emulator soft_dqn sb3_dqn sb3_dqn_envs --num-envs 8 \
         --steps 1600 --csv dqn.csv
+    python benchmarks/throughput.py --only emulator a2c_proper --num-envs 8 16 32 64 128 --rounds 3
 
-    emulator      the games alone, actions uniformly random: the ceiling for learners on it
-    a2c_proper    a2c_proper.py as it trains, with its log and without evaluations
-    sb3           A2C of SB3 as its users run it on Atari, one process per environment
-    sb3_our_envs  the same A2C on the emulator of a2c_proper.py, which leaves the learner's share
-    soft_dqn      soft_dqn.py as it trains, past learning_starts
-    sb3_dqn       DQN of SB3 as its users run it on Atari: one environment, an update in 4 steps
-    sb3_dqn_envs  the same with --num-envs processes and as many updates a step
+    emulator         the games alone, actions uniformly random: the ceiling for learners on it
+    a2c_proper       a2c_proper.py as it trains, with its log and without evaluations
+    a2c_plain        the same with --no-fast
+    sb3              A2C of SB3 as its users run it on Atari, one process per environment
+    sb3_our_envs     the same A2C on the emulator of a2c_proper.py, which leaves the learner's share
+    soft_dqn         soft_dqn.py as it trains, past learning_starts
+    soft_dqn_serial  the same, emulating first and learning then
+    sb3_dqn          DQN of SB3 as its users run it on Atari: one environment, an update in 4 steps
+    sb3_dqn_envs     the same with --num-envs processes and as many updates a step
+    pgql_equiv, natural_pg_damped   as a2c_proper, with comparisons and measurements
 
 Every measurement is a process of its own, so that no contestant inherits the threads or the memory
 of another, and all of them take turns in every round, so that a load on the machine that comes and
@@ -39,10 +43,12 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import a2c_proper  # noqa: E402
+import natural_pg_damped  # noqa: E402
+import pgql_equiv  # noqa: E402
 import soft_dqn  # noqa: E402
 
-Name = Literal["emulator", "a2c_proper", "sb3", "sb3_our_envs", "soft_dqn", "sb3_dqn",
-               "sb3_dqn_envs"]
+Name = Literal["emulator", "a2c_proper", "a2c_plain", "sb3", "sb3_our_envs", "soft_dqn",
+               "soft_dqn_serial", "sb3_dqn", "sb3_dqn_envs", "pgql_equiv", "natural_pg_damped"]
 A2C = "emulator", "a2c_proper", "sb3", "sb3_our_envs"
 LEARNING_STARTS, MEMORY = 1000, 10_000  # of the DQNs; a larger memory is no slower, only larger
 
@@ -50,7 +56,7 @@ LEARNING_STARTS, MEMORY = 1000, 10_000  # of the DQNs; a larger memory is no slo
 @dataclasses.dataclass
 class Args:
     env_id: str = "ALE/Breakout-v5"  # game, ALE/<Game>-v5
-    num_envs: int = 16  # environments stepped together
+    num_envs: tuple[int, ...] = (16,)  # environments stepped together; a table for each number
     steps: int = 8000  # agent steps measured per contestant and round, warm-up not counted
     rounds: int = 5  # measurements of every contestant
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: CUDA where it exists
@@ -99,10 +105,10 @@ def measure(args, run):
     return dict(steps=steps, seconds=seconds, cpu_s=cpu, **memory())
 
 
-def ours(args, **flags):
-    """Flags of a2c_proper.py, all else being its defaults (n = 5 is one)."""
-    return a2c_proper.Args(env_id=args.env_id, num_envs=args.num_envs, threads=args.threads,
-                           device=args.device, **flags)
+def ours(args, script=a2c_proper, **flags):
+    """Flags of a script, all else being its defaults (n = 5 is one)."""
+    return script.Args(env_id=args.env_id, num_envs=args.num_envs, threads=args.threads,
+                       device=args.device, **flags)
 
 
 def emulator(args):
@@ -118,15 +124,29 @@ def emulator(args):
     return measure(args, run)
 
 
-def our_a2c(args):
-    return our_script(a2c_proper, ours(args), warm_up(args), args.steps)
+def on_policy(script, **flags):
+    """A contestant: one of the scripts that learn from their rollouts."""
+    return lambda args: our_script(script, ours(args, script, **flags), warm_up(args), args.steps)
 
 
 def our_dqn(args):
     """The warm-up ends after learning_starts; the rest is the default, with updates in 4 steps."""
-    flags = soft_dqn.Args(env_id=args.env_id, num_envs=args.num_envs, threads=args.threads,
-                          device=args.device, learning_starts=LEARNING_STARTS, buffer_size=MEMORY)
+    flags = ours(args, soft_dqn, learning_starts=LEARNING_STARTS, buffer_size=MEMORY)
     return our_script(soft_dqn, flags, LEARNING_STARTS + args.num_envs * 50, args.steps)
+
+
+def our_dqn_serial(args):
+    """Shows what emulating while the network learns is worth."""
+    class Serial(soft_dqn.Atari):
+        def send(self, actions):
+            super().send(actions)
+            self.received = super().recv()
+
+        def recv(self):
+            return self.received
+
+    soft_dqn.Atari = Serial
+    return our_dqn(args)
 
 
 def our_script(script, flags, warm, steps):
@@ -240,8 +260,11 @@ def sb3_dqn_envs(args):
     return sb3_dqn(args, args.num_envs)
 
 
-CONTESTANTS = dict(emulator=emulator, a2c_proper=our_a2c, sb3=sb3, sb3_our_envs=sb3_our_envs,
-                   soft_dqn=our_dqn, sb3_dqn=sb3_dqn, sb3_dqn_envs=sb3_dqn_envs)
+CONTESTANTS = dict(emulator=emulator, a2c_proper=on_policy(a2c_proper),
+                   a2c_plain=on_policy(a2c_proper, fast=False), sb3=sb3, sb3_our_envs=sb3_our_envs,
+                   soft_dqn=our_dqn, soft_dqn_serial=our_dqn_serial, sb3_dqn=sb3_dqn,
+                   sb3_dqn_envs=sb3_dqn_envs, pgql_equiv=on_policy(pgql_equiv),
+                   natural_pg_damped=on_policy(natural_pg_damped))
 
 
 def measure_in_child(name, args):
@@ -264,13 +287,15 @@ def table(rows, names):
     of = {name: [row for row in rows if row["contestant"] == name] for name in names}
     speed = {name: [row["steps_per_s"] for row in of[name]] for name in names}
     peer = "sb3_dqn" if "sb3_dqn" in names else "sb3"
+    gpu = any(row["gpu_mib"] for row in rows)
     yield (f"| contestant | steps/s | ratio to emulator | ratio to {peer} | CPU s per 1000 steps "
-           "| RSS MiB | PSS MiB |")
-    yield "|---|---|---|---|---|---|---|"
+           "| RSS MiB | PSS MiB |" + " GPU MiB |" * gpu)
+    yield "|---|---|---|---|---|---|---|" + "---|" * gpu
     for name in names:
         ratios = [spread([a / b for a, b in zip(speed[name], speed[base])], ".3g")
                   if base in names else "-" for base in ("emulator", peer)]
         keys = dict(cpu_s_per_1000_steps=".2f", rss_mib=".0f", pss_mib=".0f")
+        keys |= dict(gpu_mib=".0f") if gpu else {}
         usage = [format(statistics.median(r[k] for r in of[name]), f) for k, f in keys.items()]
         yield " | ".join((f"| {name}", spread(speed[name], ".0f"), *ratios, *usage)) + " |"
 
@@ -285,11 +310,15 @@ def main(args):
         names = [name for name in names if not name.startswith("sb3")]
     rows = []
     for i in range(args.rounds):
-        for name in names:
-            rows.append(dict(round=i + 1) | measure_in_child(name, args))
-            print("round {round}: {contestant} {steps_per_s:.0f} steps/s".format(**rows[-1]),
-                  file=sys.stderr, flush=True)
-    print(*table(rows, names), sep="\n")
+        for N in args.num_envs:
+            for name in names:
+                row = measure_in_child(name, dataclasses.replace(args, num_envs=N))
+                rows.append(dict(round=i + 1, num_envs=N) | row)
+                print("round {round}: {num_envs} environments, {contestant} {steps_per_s:.0f} "
+                      "steps/s".format(**rows[-1]), file=sys.stderr, flush=True)
+    for N in args.num_envs:
+        of_N = [row for row in rows if row["num_envs"] == N]
+        print(f"\n{N} environments\n", *table(of_N, names), sep="\n")
     if args.csv:
         with open(args.csv, "w", newline="") as f:
             writer = csv.DictWriter(f, rows[0])

@@ -2,14 +2,15 @@
 
 What a graph gets wrong a recording gets wrong as well: a value of Python that changes later is
 baked in, a tensor that is allocated anew is read at its old place, and an operation that looks at a
-value or whose result has a size that depends on one cannot be recorded.
+value, has a result whose size depends on one, or makes a tensor of numbers of Python, which a GPU
+would have to fetch, cannot be recorded. What a graph does with streams and memory it does not show.
 """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 LOOKS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
-         aten.item.default, aten.is_nonzero.default, aten.equal.default}
+         aten.item.default, aten.lift_fresh.default, aten.is_nonzero.default, aten.equal.default}
 
 
 class Recording(TorchDispatchMode):

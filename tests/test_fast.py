@@ -1,4 +1,4 @@
-"""The fast path gives the numbers of the plain one: recorded and repeated, as a CUDA graph would."""
+"""The fast path gives the numbers of the plain one, repeated from a record as by a CUDA graph."""
 import contextlib
 
 import pytest
@@ -63,7 +63,8 @@ def test_a_recording_goes_wrong_where_a_graph_would():
     y[0] = torch.zeros(3)  # a new tensor, which a graph does not see
     assert torch.equal(fn(), torch.full((3,), 2.0))
     for looks in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()),
-                  lambda: x.nonzero(), lambda: x.__setitem__(x > 0, 1.0)):
+                  lambda: x.nonzero(), lambda: torch.tensor(1.0),
+                  lambda: x.__setitem__(x > 0, 1.0)):
         with pytest.raises(RuntimeError, match="cannot be captured"):
             recorded.captured([])(looks, args, None)()
 
