@@ -190,11 +190,22 @@ def test_loss_has_the_half_and_the_weights_of_equations_85_and_86(a2c):
     assert abs(terms["entropy"] + (log_pi.exp() * log_pi).sum(-1).mean()) < 1e-12
 
 
+def test_terms_are_means_over_the_batch(a2c):
+    log_pi, V, rollout, V_n, log_pi_bar = random_rollout(7)
+    _, terms = a2c.losses(log_pi, V, rollout, V_n, log_pi_bar, 0.0, GAMMA, C)
+    V_hat = a2c.n_step_returns(*rollout[2:], V_n, GAMMA)
+    for name, x in dict(V=V, V_hat=V_hat, V_hat_sq=V_hat**2, Delta=V_hat - V,
+                        Delta_sq=(V_hat - V) ** 2).items():
+        assert abs(terms[name] - x.sum() / 28) < 1e-12, name
+
+
 def test_sampling_follows_the_policy(a2c):
     log_pi = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     noise = a2c.gumbel_noise((200_000, 4), torch.Generator().manual_seed(0))
     frequency = a2c.sample(log_pi, noise).bincount(minlength=4) / 200_000
     assert (frequency - log_pi.exp()).abs().max() < 4 * math.sqrt(0.25 / 200_000)
+    table = torch.tensor([[0.0, 2.0, 1.0]]).expand(2, 5, 3)  # the actions are on the last axis
+    assert torch.equal(a2c.sample(table, torch.zeros(2, 5, 3)), torch.ones(2, 5).long())
 
 
 def test_explained_variance(a2c):

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 
+import mutants
 from equations import base
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,6 +144,15 @@ def test_every_equation_on_a_line_of_code_is_checked_through_a_script(script):
     for numbers in re.findall(r"\S +# Eq. ([\d, ]+)", paper):
         for number in map(int, re.findall(r"\d+", numbers)):
             assert base.CHECKS[number].computed_by, (script, number)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_of_the_mutation_run_knows_every_mutant(script):
+    """Only counted here: python tests/mutants.py takes minutes."""
+    found = len(list(mutants.mutants((ROOT / f"{script}.py").read_text())))
+    row = re.search(rf"\| \[`{script}.py`\].*? \| (\d+) \| (\d+) \| (.*)\|\n",
+                    (ROOT / "EQUATIONS.md").read_text())
+    assert int(row[1]) == found and found - int(row[2]) == (1 if row[3].strip() else 0)
 
 
 def test_the_errata_of_the_document_are_the_misprints():

@@ -207,6 +207,16 @@ def test_what_a2c_proper_has_too_is_the_same(name):
     assert len(found) == 2 or name == "n_step_returns"
 
 
+def test_where_time_ran_out_the_last_state_is_bootstrapped(double):
+    r, zeros, log_pi = torch.ones(3, 1), torch.zeros(3, 1), torch.full((3, 1, 2), 0.5).log()
+    truncated, V_final = torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([[0.0], [7.0], [0.0]])
+    rollout = pgql_equiv.Rollout(None, zeros.long(), r, zeros, truncated, V_final)
+    x = pgql_equiv.samples(log_pi, zeros, rollout, torch.tensor([5.0]), torch.zeros(2), TAU, GAMMA)
+    reward = 1 + TAU * math.log(2)
+    expected = [reward + GAMMA * (reward + GAMMA * 7), reward + GAMMA * 7, reward + GAMMA * 5]
+    assert (x.V_hat.squeeze() - torch.tensor(expected)).abs().max() < 1e-12
+
+
 def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):
     """Q = V + tau log pi (entropy) with targets that charge the KL from uniform."""
     mdp = MDP(7)
