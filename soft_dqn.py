@@ -604,9 +604,11 @@ class Replay:
         older = j - (until - starts)[i]  # (B,) slots before it in the ring
         k = (self.head - fill)[i] + older + torch.arange(n + 1, device=j.device)[:, None]
         at = i, k % self.C  # (n+1, B) the slots of s_t .. s_{t+n}
-        stack = self.frame[i[:, None], (k[..., None] - self.back) % self.C]  # (n+1, B, 4, 84, 84)
+        frames = i[:, None] * self.C + (k[..., None] - self.back) % self.C  # (n+1, B, 4)
+        # in one row of all environments: indexing with two tensors takes 20 times as long on a CPU
+        stack = self.frame.flatten(end_dim=1).index_select(0, frames.flatten())
         seen = self.back <= self.age[at][..., None]  # before a game's first frame all is zero
-        obs = stack * seen[..., None, None]
+        obs = stack.view(*frames.shape, 84, 84) * seen[..., None, None]  # (n+1, B, 4, 84, 84)
         begun = (self.last[at][0] == 0) & (self.age[at][0] <= older)  # its oldest frame not lost
         r, terminated, last = (x[at].float() for x in (self.r, self.terminated, self.last))
         return Batch(obs[0], self.a[at][0].long(), r[:-1], terminated[:-1], last[1:], obs[1:],

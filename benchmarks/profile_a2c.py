@@ -155,9 +155,11 @@ def shares():
         for _ in range(ROUNDS):
             iteration(*contestant)
     used, mine = time.process_time() - used, time.thread_time() - mine
-    names = {"convolutions and layers": ("conv", "addmm", "::mm", "linear"),
-             "pictures to floats": ("stack", "aten::cat", "div_", "_to_copy"),
-             "relu, forward and back": ("relu", "clamp_min", "threshold")}
+    names = {"convolutions and layers": ("conv", "addmm", "::mm"),
+             "relu, forward and back": ("relu", "clamp_min", "threshold"),
+             "copies, pictures to floats": ("copy_", "::cat", "div_", "fill_"),
+             "RMSProp and clipping": ("lerp", "nan_to_num", "rsqrt", "::mul", "sub_", "::add",
+                                      "norm")}
     seconds = dict.fromkeys(names, 0.0)
     for event in profile.key_averages():
         for name, parts_of in names.items():

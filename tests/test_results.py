@@ -1,5 +1,6 @@
 """What the README says was measured is what lies in results/."""
 import csv
+import importlib.util
 import re
 import statistics
 from pathlib import Path
@@ -128,3 +129,36 @@ def test_gap_table_of_the_equations_page_is_the_committed_one():
                 f"{x['krull_sample']:.2g} | {x['krull_batch80']:.2g} |")
         assert line in text and x["mdp_expectation"] < 1e-15
     assert len(rows) == 7
+
+
+def measured(name):
+    """The rows of a throughput table, with numbers where there are some."""
+    with open(ROOT / "results" / "throughput" / f"{name}.csv", newline="") as f:
+        return [{k: v if k == "contestant" else float(v) for k, v in row.items()}
+                for row in csv.DictReader(f)]
+
+
+@pytest.mark.parametrize("name", ["a2c_cpu", "dqn_cpu", "scaling_cpu", "others_cpu"])
+def test_throughput_tables_are_those_of_the_committed_measurements(name):
+    """Every line that the benchmark would print of them stands in benchmarks/README.md."""
+    spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks/throughput.py")
+    spec.loader.exec_module(throughput := importlib.util.module_from_spec(spec))
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = measured(name)
+    for N in {row["num_envs"] for row in rows}:
+        of_N = [row for row in rows if row["num_envs"] == N]
+        for line in throughput.table(of_N, list(dict.fromkeys(row["contestant"] for row in of_N))):
+            assert line in text, line
+
+
+def test_speeds_that_the_readme_quotes_are_the_measured_ones():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for name, ours, peer in (("a2c_cpu", "a2c_proper", "sb3"), ("dqn_cpu", "soft_dqn", "sb3_dqn")):
+        speed = {of: [row["steps_per_s"] for row in measured(name) if row["contestant"] == of]
+                 for of in (ours, peer)}
+        ratios = [a / b for a, b in zip(speed[ours], speed[peer])]
+        median, least, most = (f(ratios) for f in (statistics.median, min, max))
+        found = re.search(rf"`{ours}.py` (?:makes )?(\d+)[^`]*?, ([\d.]+) times [^`]*?"
+                          r"\(([\d.]+) to ([\d.]+)", text).groups()
+        assert int(found[0]) == round(statistics.median(speed[ours]))
+        assert [float(x) for x in found[1:]] == [round(x, 2) for x in (median, least, most)]
