@@ -654,7 +654,7 @@ def play_games(act, args, step, device, stopped=lambda: False):
 
 
 # === shared: run ===
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
                   eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
                   save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))

@@ -390,38 +390,36 @@ class QNetwork(nn.Module):
         return self.Q(x.float().div_(255)).view(*obs.shape[:-3], -1)
 
 
-class AdamTF(torch.optim.Optimizer):
+class AdamTF(torch.optim.Adam):
     """Adam as TensorFlow 1 computed it: epsilon is added to the root before its bias is corrected.
 
     With torch.optim.Adam, which adds it after, the same epsilon would shorten early updates less:
     at update t it weighs there sqrt(1 - beta2^t) times what it does here, 1/30 of it at the first.
+    Here its fused kernel, one pass over the memory in place of ten, is left to believe that it has
+    made 1e9 updates, when nothing is left to correct; the corrections are in the learning rate.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-4):
         params = list(params)
-        t = torch.zeros((), dtype=torch.float64, device=params[0].device)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, t=t))
-        for p in params:
-            self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        device = params[0].device
+        super().__init__(params, torch.zeros((), device=device), betas, eps, fused=True,
+                         capturable=device.type == "cuda")
+        t = torch.zeros((), dtype=torch.float64, device=device)
+        self.param_groups[0].update(alpha=lr, t=t)
+        for p in params:  # made here, as a CUDA graph finds its tensors where they were before
+            step = torch.full((), 1e9, dtype=torch.float32, device=device)
+            self.state[p].update(step=step, exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
 
     @torch.no_grad()
     def step(self, finite):
-        """One update, or none where finite, a () bool tensor, is False: the host need not look.
-
-        In place, the gradient as scratch: fresh memory for each product would take 3 times as long.
-        """
-        for group in self.param_groups:
-            (beta1, beta2), t = group["betas"], group["t"].add_(finite)
-            size = group["lr"] * (1 - beta2**t).sqrt() / (1 - beta1**t)
-            size = torch.where(finite, size, 0.0)  # a 0-dim tensor does not make float32 float64
-            not_finite, weights = ~finite, [torch.where(finite, 1 - x, 0.0) for x in (beta1, beta2)]
-            for p in group["params"]:
-                m, v = self.state[p]["m"], self.state[p]["v"]
-                g = p.grad.masked_fill_(not_finite, 0.0)
-                m.lerp_(g, weights[0].to(g.dtype))
-                v.lerp_(g.square_(), weights[1].to(g.dtype))
-                root = torch.sqrt(v, out=g).add_(group["eps"])
-                p.sub_(torch.div(m, root, out=root).mul_(size))
+        """One update, or none where finite, a () bool tensor, is False: the host need not look."""
+        group = self.param_groups[0]
+        (beta1, beta2), t = group["betas"], group["t"].add_(finite)
+        size = group["alpha"] * (1 - beta2**t).sqrt() / (1 - beta1**t)
+        group["lr"].copy_(torch.where(finite, size, 0.0))
+        self.grad_scale, self.found_inf = None, 1 - finite.float()  # the kernel then does nothing
+        super().step()
 
 
 def clip_each_(params, max_norm):
@@ -770,7 +768,7 @@ def play_games(act, args, step, device, stopped=lambda: False):
 
 
 # === shared: run ===
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
                   eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
                   save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))

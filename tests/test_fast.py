@@ -86,7 +86,7 @@ def test_adams_state_is_found_too():
     optimizer = soft_dqn.AdamTF([p], 0.1)
     found = {x.data_ptr() for x in soft_dqn.tensors_of(optimizer.state_dict())}
     assert found == {x.data_ptr() for x in (*optimizer.state[p].values(),
-                                            optimizer.param_groups[0]["t"])}
+                                            *(optimizer.param_groups[0][x] for x in ("t", "lr")))}
 
 
 @pytest.mark.parametrize("kind", ["ActorCritic", "SoftQ"])
