@@ -254,7 +254,8 @@ def train(args):
         log_pi_bar = torch.full((A,), constant, device=device)  # alone decides the convention
         torch.backends.cudnn.allow_tf32 = False  # it keeps 3 digits; a step changes the third
         net = PolicyAndValue(A, args.value).to(device, memory_format=torch.channels_last)
-        adam, adam_V = (adam_of(net.of(what), device) for what in ("pi", "V"))
+        adam = adam_of(net.of("pi"), args.learning_rate, device)
+        adam_V = adam_of(net.of("V"), args.value_learning_rate, device)
         noise = torch.Generator(device)
         one, zero = torch.ones((), device=device), torch.zeros((), device=device)
         nothing = dict.fromkeys(("solved", *SOLVED, "measured", *MEASURED), zero)
@@ -281,7 +282,31 @@ def train(args):
             log_pi[t] = net(obs[t])
             actions[t] = sample(log_pi[t], gumbel[t])
 
+        # what the fits read; `chosen` lists the samples of a minibatch
+        s_B, a_B = obs[:T].flatten(0, 1), actions.flatten()  # (B, ...), the rollout's own memory
+        target, V_hat, policy_loss = (torch.zeros(n, device=device) for n in ((B,), (B,), ()))
+        chosen = torch.zeros(min(B, args.minibatch_size), dtype=torch.int64, device=device)
+
+        def fit_policy(size):
+            i = chosen[:size]
+            L = regression_loss(at(net(s_B[i]), a_B[i]), target[i]).mean()
+            return descend(L, adam, args)
+
+        def fit_value(size):
+            i = chosen[:size]
+            L = 0.5 * (net.V(s_B[i]) - V_hat[i]).square().mean()  # Eq. 53
+            return descend(L + 0 * policy_loss, adam_V, args)  # none if the policy step failed
+
+        def fit(step, passes):  # (), the mean loss
+            losses = []
+            for i in minibatches(passes, B, len(chosen), noise):
+                chosen[:len(i)].copy_(i)
+                losses.append(step(len(i)).clone())  # the next step overwrites it
+            return torch.stack(losses).mean()
+
         choose = captured(choose, args, device)
+        fit_policy = captured(fit_policy, args, device, net, adam)
+        fit_value = captured(fit_value, args, device, net, adam_V)
         screens.send(T, envs.reset(seeds(args.seed, run.step, "training", N)))
 
         while run.goes_on(act, "sampled from pi"):
@@ -309,11 +334,11 @@ def train(args):
             KL = kl_divergence(log_pi, log_pi_bar)
             delta = td_errors(r, KL, terminated, truncated, V_old, V_final, tau, args.gamma)
             Delta = advantages(delta, torch.maximum(terminated, truncated), args.gamma, args.n_step)
-            V_hat = V_old[:T] + Delta  # Eq. 54
+            V_hat.copy_((V_old[:T] + Delta).flatten())  # Eq. 54
             log_ratio = at(log_pi - log_pi_bar, actions)
             A_t = q_step(Delta, log_ratio, KL, tau)
-            rows = obs[:T], actions, log_pi, log_ratio, V_old[:T], V_hat, A_t
-            old = Batch(*(x.flatten(0, 1) for x in rows))
+            rows = (x.flatten(0, 1) for x in (log_pi, log_ratio, V_old[:T]))
+            old = Batch(s_B, a_B, *rows, V_hat, A_t.flatten())
 
             # eps, and the natural gradient where one is wanted
             left = max(0.0, 1 - run.step / args.schedule_timesteps)
@@ -327,31 +352,25 @@ def train(args):
                     eps = left * eps_for_kl(args.target_kl, tau, solution.xFx)
 
             # policy step: fit Q = V_old + tau log(pi / pi_bar) to the damped target
-            theta_old, losses = flat(net.of("pi")), []
-            log_pi_a = at(old.log_pi, old.a)
-            target = log_pi_target(log_pi_a, old.A, eps, tau)
+            theta_old, log_pi_a = flat(net.of("pi")), at(old.log_pi, old.a)
+            target.copy_(log_pi_target(log_pi_a, old.A, eps, tau))
             if args.solver == "cg":
                 finite = move(net.of("pi"), eps / tau * solution.x)  # Eq. 66, 67
                 L = regression_loss(log_pi_a, target).mean()
-                losses.append(torch.where(finite, L, math.nan))
+                policy_loss.copy_(torch.where(finite, L, math.nan))
             else:
-                for i in minibatches(args.passes, B, args.minibatch_size, noise):
-                    L = regression_loss(at(net(old.s[i]), old.a[i]), target[i]).mean()
-                    losses.append(descend(L, adam, args.learning_rate * left, args))
-            policy_loss = torch.stack(losses).mean()
+                adam.param_groups[0]["lr"].fill_(args.learning_rate * left)
+                policy_loss.copy_(fit(fit_policy, args.passes))
             d = flat(net.of("pi")) - theta_old
             with torch.no_grad():
                 log_pi_new = net(old.s)
 
             # value step: fit V on its own, unless the policy step failed
-            losses = []
-            for i in minibatches(args.value_passes, B, args.minibatch_size, noise):
-                L = 0.5 * (net.V(old.s[i]) - old.V_hat[i]).square().mean()  # Eq. 53
-                L = L + 0 * policy_loss
-                losses.append(descend(L, adam_V, args.value_learning_rate * left, args))
+            adam_V.param_groups[0]["lr"].fill_(args.value_learning_rate * left)
+            value_loss = fit(fit_value, args.value_passes)
 
             # log, save
-            terms = dict(policy_loss=policy_loss, value_loss=torch.stack(losses).mean())
+            terms = dict(policy_loss=policy_loss, value_loss=value_loss)
             terms |= statistics(old, log_pi_new, log_pi_bar, eps, tau) | nothing
             if solution is not None:
                 terms |= dict(solved=one, cg_iterations=solution.iterations,
@@ -388,23 +407,28 @@ def minibatches(passes, B, size, generator):
         yield from torch.randperm(B, generator=generator, device=generator.device).split(size)
 
 
-def adam_of(parameters, device):
-    """Adam with the epsilon of PPO's authors; the learning rate is a tensor, set at each step."""
-    lr = torch.tensor(0.0, device=device)
-    return torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
+def adam_of(parameters, lr, device):
+    """Adam with the epsilon of PPO's authors; the learning rate is a tensor, which train() sets.
+
+    Its state is made here, as a CUDA graph finds its tensors where they were before.
+    """
+    adam = torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), eps=1e-5, fused=True,
+                            capturable=device.type == "cuda")
+    for p in parameters:
+        step = torch.zeros((), dtype=torch.float32, device=device)
+        adam.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return adam
 
 
-def descend(L, optimizer, lr, args):
+def descend(L, optimizer, args):
     """One step of Adam, or none if loss or gradient is not finite; returns the loss.
 
     found_inf is how gradient scaling tells the fused Adam to leave a step out: the host need not
     look.
     """
-    group = optimizer.param_groups[0]
-    group["lr"].fill_(lr)
     optimizer.zero_grad()
     L.backward()
-    norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     optimizer.grad_scale, optimizer.found_inf = None, 1 - (L.isfinite() & norm.isfinite()).float()
     optimizer.step()
     return L.detach()
