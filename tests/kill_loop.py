@@ -13,6 +13,7 @@ holds. test_faults.py runs three kills of it.
 import argparse
 import csv
 import importlib
+import io
 import os
 import random
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,9 +131,8 @@ class Victim:
         for log, every in (("metrics", LOG), ("eval", EVAL)) if state else ():
             text = (self.run / f"{log}.csv").read_bytes()[:state["logs"][log]].decode()
             assert not text or text.endswith("\n"), f"{log}.csv has a torn row"
-            # an evaluation that falls on the step of a periodic save comes after it
-            self.check_rows(list(csv.DictReader(text.splitlines())), every, state["done_at"][
-                {"metrics": "log", "eval": "eval"}[log]])
+            until = state["done_at"]["log" if log == "metrics" else "eval"]
+            self.check_rows(list(csv.DictReader(text.splitlines())), every, until)
 
     def check_rows(self, found, every, until):
         """Each row that is due by a step is there once, and can be read."""
@@ -170,7 +170,8 @@ class Victim:
     def unbroken(self):
         """The folder of a run with the same flags that nothing stopped, in this process."""
         flags = dict(self.flags, runs_dir=str(self.folder / "whole"), save_minutes=0.0)
-        return self.script.train(self.script.Args(**flags))["folder"]
+        with redirect_stdout(io.StringIO()):
+            return self.script.train(self.script.Args(**flags))["folder"]
 
 
 def kill_loop(case, kills, folder, seed=1, **flags):

@@ -289,6 +289,8 @@ def disturbed(script, monkeypatch, args, fault, begin, end=None, stop=None):
             if runs and self.step == end:
                 look(self.folder)
                 stack.close()
+                self.save()
+                assert int(rows(self.folder)[-1]["step"]) == self.step, "a row is still waiting"
             return goes_on(self, *act)
 
         patch.setattr(script.Run, "goes_on", watched)
