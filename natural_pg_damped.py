@@ -380,11 +380,8 @@ def train(args):
 
 
 def check_flags(args):
-    """Raises Refused where flags do not go together, and one of them would have no effect."""
+    """Raises Refused where flags do not go together: one of them would not be what is done."""
     check(args, LIMITS | RUN_LIMITS)
-    if args.target_kl and args.eps != Args.eps:
-        raise Refused(f"--eps {args.eps:g} has no effect with --target-kl {args.target_kl:g}, "
-                      "which sets it; give one of the two")
     if args.n_step > args.num_steps:
         raise Refused(f"--n-step {args.n_step} is more than the {args.num_steps} steps of a "
                       "rollout, --num-steps")

@@ -157,8 +157,6 @@ OWN = {
         "--num-steps 8": "--n-step 16 is more than the 8 steps of a rollout, --num-steps",
         "--minibatch-size 513": "--minibatch-size 513 is more than the 512 samples of a rollout, *",
         "--num-envs 2": "--minibatch-size 128 is more than the 64 samples of a rollout, *",
-        "--eps 0.5 --target-kl 0.01":
-            "--eps 0.5 has no effect with --target-kl 0.01, which sets it; give one of the two",
     },
     "soft_dqn": UNKNOWN | {
         "--backup max": "--backup max is not hard or soft-entropy or soft-kl",
@@ -284,6 +282,15 @@ def test_help_is_printed_and_a_mistake_that_is_not_understood_is_tyros(shared, m
         parsed(shared, monkeypatch, "--taus 1")
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and "--taus" in err and not out
+
+
+def test_tensorboard_without_its_package(shared, monkeypatch, capsys):
+    monkeypatch.setattr(shared.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["a2c_proper.py", "--tensorboard"])
+    with pytest.raises(SystemExit) as stop:
+        shared.main(shared.Args, shared.train, shared.__doc__)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and is_one_sentence(err, "--tensorboard needs the package: pip *")
 
 
 def test_every_number_has_limits_and_its_default_is_within(script):

@@ -434,7 +434,7 @@ def test_kl_moved_on_real_games_is_the_predicted(tmp_path, flags):
 @pytest.mark.parametrize("solver", ["cg", "regression"])
 def test_target_kl_sets_eps(tmp_path, solver):
     """The KL that is predicted is the one that was asked for, less the square of the decay."""
-    flags = dict(REAL, target_kl=1e-6, solver=solver)
+    flags = dict(REAL, target_kl=1e-6, solver=solver, eps=0.5)
     folder = script.train(tiny(script, tmp_path, **flags))["folder"]
     for row in measured(folder):
         left = 1 - (row["step"] - 64) / 10_000

@@ -240,6 +240,11 @@ def test_targets_add_up_rewards_and_the_soft_maximum(case):
     if case.A == 1:
         soft, x = q_targets(case, case.T)
         assert torch.equal(soft, soft_dqn.targets(**x | dict(tau=0)))
+    both = [q_targets(case.like(case.dtype), case.T, terminated=no, truncated=no,
+                      log_pi_bar=torch.full_like(case.log_pi_bar, constant))[0]
+            for constant in (0.0, -math.log(case.A))]  # differ by tau log A in each later state
+    lived = case.tau * math.log(case.A) * discounts[1:].sum()
+    assert case.near(both[0] - both[1], lived.expand(4), case.T * (5 * case.scale + lived))
 
 
 @examples
