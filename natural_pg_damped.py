@@ -21,6 +21,7 @@ Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its
 import csv
 import dataclasses
 import difflib
+import errno
 import fcntl
 import importlib.util
 import io
@@ -35,7 +36,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, redirect_stderr
+from contextlib import closing, redirect_stderr, suppress
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, get_args
 
@@ -256,7 +257,8 @@ def train(args):
         log_pi_bar = torch.full((A,), constant, device=device)  # alone decides the convention
         torch.backends.cudnn.allow_tf32 = False  # it keeps 3 digits; a step changes the third
         net = PolicyAndValue(A, args.value).to(device, memory_format=torch.channels_last)
-        adam, adam_V = (adam_of(net.of(what), device) for what in ("pi", "V"))
+        adam = adam_of(net.of("pi"), args.learning_rate, device)
+        adam_V = adam_of(net.of("V"), args.value_learning_rate, device)
         noise = torch.Generator(device)
         one, zero = torch.ones((), device=device), torch.zeros((), device=device)
         nothing = dict.fromkeys(("solved", *SOLVED, "measured", *MEASURED), zero)
@@ -283,7 +285,31 @@ def train(args):
             log_pi[t] = net(obs[t])
             actions[t] = sample(log_pi[t], gumbel[t])
 
+        # what the fits read; `chosen` lists the samples of a minibatch
+        s_B, a_B = obs[:T].flatten(0, 1), actions.flatten()  # (B, ...), the rollout's own memory
+        target, V_hat, policy_loss = (torch.zeros(n, device=device) for n in ((B,), (B,), ()))
+        chosen = torch.zeros(min(B, args.minibatch_size), dtype=torch.int64, device=device)
+
+        def fit_policy(size):
+            i = chosen[:size]
+            L = regression_loss(at(net(s_B[i]), a_B[i]), target[i]).mean()
+            return descend(L, adam, args)
+
+        def fit_value(size):
+            i = chosen[:size]
+            L = 0.5 * (net.V(s_B[i]) - V_hat[i]).square().mean()  # Eq. 53
+            return descend(L + 0 * policy_loss, adam_V, args)  # none if the policy step failed
+
+        def fit(step, passes):  # (), the mean loss
+            losses = []
+            for i in minibatches(passes, B, len(chosen), noise):
+                chosen[:len(i)].copy_(i)
+                losses.append(step(len(i)).clone())  # the next step overwrites it
+            return torch.stack(losses).mean()
+
         choose = captured(choose, args, device)
+        fit_policy = captured(fit_policy, args, device, net, adam)
+        fit_value = captured(fit_value, args, device, net, adam_V)
         screens.send(T, envs.reset(seeds(args.seed, run.step, "training", N)))
 
         while run.goes_on(act, "sampled from pi"):
@@ -311,11 +337,11 @@ def train(args):
             KL = kl_divergence(log_pi, log_pi_bar)
             delta = td_errors(r, KL, terminated, truncated, V_old, V_final, tau, args.gamma)
             Delta = advantages(delta, torch.maximum(terminated, truncated), args.gamma, args.n_step)
-            V_hat = V_old[:T] + Delta  # Eq. 54
+            V_hat.copy_((V_old[:T] + Delta).flatten())  # Eq. 54
             log_ratio = at(log_pi - log_pi_bar, actions)
             A_t = q_step(Delta, log_ratio, KL, tau)
-            rows = obs[:T], actions, log_pi, log_ratio, V_old[:T], V_hat, A_t
-            old = Batch(*(x.flatten(0, 1) for x in rows))
+            rows = (x.flatten(0, 1) for x in (log_pi, log_ratio, V_old[:T]))
+            old = Batch(s_B, a_B, *rows, V_hat, A_t.flatten())
 
             # eps, and the natural gradient where one is wanted
             left = max(0.0, 1 - run.step / args.schedule_timesteps)
@@ -329,31 +355,25 @@ def train(args):
                     eps = left * eps_for_kl(args.target_kl, tau, solution.xFx)
 
             # policy step: fit Q = V_old + tau log(pi / pi_bar) to the damped target
-            theta_old, losses = flat(net.of("pi")), []
-            log_pi_a = at(old.log_pi, old.a)
-            target = log_pi_target(log_pi_a, old.A, eps, tau)
+            theta_old, log_pi_a = flat(net.of("pi")), at(old.log_pi, old.a)
+            target.copy_(log_pi_target(log_pi_a, old.A, eps, tau))
             if args.solver == "cg":
                 finite = move(net.of("pi"), eps / tau * solution.x)  # Eq. 66, 67
                 L = regression_loss(log_pi_a, target).mean()
-                losses.append(torch.where(finite, L, math.nan))
+                policy_loss.copy_(torch.where(finite, L, math.nan))
             else:
-                for i in minibatches(args.passes, B, args.minibatch_size, noise):
-                    L = regression_loss(at(net(old.s[i]), old.a[i]), target[i]).mean()
-                    losses.append(descend(L, adam, args.learning_rate * left, args))
-            policy_loss = torch.stack(losses).mean()
+                adam.param_groups[0]["lr"].fill_(args.learning_rate * left)
+                policy_loss.copy_(fit(fit_policy, args.passes))
             d = flat(net.of("pi")) - theta_old
             with torch.no_grad():
                 log_pi_new = net(old.s)
 
             # value step: fit V on its own, unless the policy step failed
-            losses = []
-            for i in minibatches(args.value_passes, B, args.minibatch_size, noise):
-                L = 0.5 * (net.V(old.s[i]) - old.V_hat[i]).square().mean()  # Eq. 53
-                L = L + 0 * policy_loss
-                losses.append(descend(L, adam_V, args.value_learning_rate * left, args))
+            adam_V.param_groups[0]["lr"].fill_(args.value_learning_rate * left)
+            value_loss = fit(fit_value, args.value_passes)
 
             # log, save
-            terms = dict(policy_loss=policy_loss, value_loss=torch.stack(losses).mean())
+            terms = dict(policy_loss=policy_loss, value_loss=value_loss)
             terms |= statistics(old, log_pi_new, log_pi_bar, eps, tau) | nothing
             if solution is not None:
                 terms |= dict(solved=one, cg_iterations=solution.iterations,
@@ -401,23 +421,28 @@ def minibatches(passes, B, size, generator):
         yield from torch.randperm(B, generator=generator, device=generator.device).split(size)
 
 
-def adam_of(parameters, device):
-    """Adam with the epsilon of PPO's authors; the learning rate is a tensor, set at each step."""
-    lr = torch.tensor(0.0, device=device)
-    return torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
+def adam_of(parameters, lr, device):
+    """Adam with the epsilon of PPO's authors; the learning rate is a tensor, which train() sets.
+
+    Its state is made here, as a CUDA graph finds its tensors where they were before.
+    """
+    adam = torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), eps=1e-5, fused=True,
+                            capturable=device.type == "cuda")
+    for p in parameters:
+        step = torch.zeros((), dtype=torch.float32, device=device)
+        adam.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return adam
 
 
-def descend(L, optimizer, lr, args):
+def descend(L, optimizer, args):
     """One step of Adam, or none if loss or gradient is not finite; returns the loss.
 
     found_inf is how gradient scaling tells the fused Adam to leave a step out: the host need not
     look.
     """
-    group = optimizer.param_groups[0]
-    group["lr"].fill_(lr)
     optimizer.zero_grad()
     L.backward()
-    norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     optimizer.grad_scale, optimizer.found_inf = None, 1 - (L.isfinite() & norm.isfinite()).float()
     optimizer.step()
     return L.detach()
@@ -854,7 +879,9 @@ def main(Args, train, description):
                 raise Refused(f"{flag} {source} is not a run of this {name}: {e}") from e
             args = parse(Args, description=description, default=saved)
         train(args)
-    except (Refused, FloatingPointError) as e:
+    except KeyboardInterrupt:  # before there is a run to save, or a second time
+        sys.exit(128 + signal.SIGINT)
+    except (Refused, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, Refused) else 1)
 
@@ -971,16 +998,24 @@ def read_checkpoint(path, device="cpu"):
         raise Refused(f"there is no checkpoint at {path}")
     try:  # weights_only: a downloaded checkpoint cannot run code
         saved = torch.load(path, map_location=device, weights_only=True)
-        made_by = f"{saved['script']}.py in format {saved['format']}"
+        script, number, newer = saved["script"], saved["format"], saved["format"] > FORMAT
     except Exception as e:
         raise Refused(f"{path} cannot be read as a checkpoint ({type(e).__name__})") from e
-    if made_by != (this := f"{Path(__file__).stem}.py in format {FORMAT}"):
-        raise Refused(f"{path} was made by {made_by}, this is {this}")
+    if script != Path(__file__).stem:
+        raise Refused(f"{path} was made by {script}.py, this is {Path(__file__).name}")
+    if number != FORMAT:
+        raise Refused(f"{path} is from {'a newer' if newer else 'an older'} version of this script "
+                      f"(format {number}, here {FORMAT}); use that, the run's folder has a copy")
     return dict(saved, path=path.resolve())
 
 
 class Run:
-    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end."""
+    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end.
+
+    What cannot be written while it trains, on a full disk for example, does not end it: the last
+    checkpoint stands, rows wait in memory, and both are tried again at the next row or save. Only
+    if the last save fails, at the end or on a signal, is that an error.
+    """
 
     def __init__(self, args, limits):
         check(args, limits | RUN_LIMITS)
@@ -994,6 +1029,7 @@ class Run:
         self.last100, self.games = [], []  # (score, length) of 100 games, of those since the row
         self.names, self.sums, self.first_bad, self.result = [], None, None, {}
         self.folder = self.lock = self.board = None
+        self.waiting = dict(metrics=[], eval=[])  # rows that are not on the disk yet
         if threads := args.threads or self.saved.get("threads"):
             torch.set_num_threads(threads)  # the number of threads decides how sums are rounded
         torch.manual_seed(args.seed)
@@ -1002,19 +1038,26 @@ class Run:
         self.began = self.saved_at = time.monotonic()
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.getsignal(number)
-                signal.signal(number, self.on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
+                    self.handlers[number] = signal.signal(number, self.on_signal)
 
     def close(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.release_signals()
         for file in filter(None, (self.board, self.lock)):
             file.close()
 
+    def release_signals(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
     def on_signal(self, number, _):
-        self.signal = number  # goes_on() acts on it after the update
-        signal.signal(number, self.handlers[number])  # a second one acts at once
+        """The first one is for goes_on(), after the update; one a second later acts at once."""
+        if not self.signal:
+            self.signal, self.signal_at = number, time.monotonic()
+        elif time.monotonic() - self.signal_at > 1:  # `timeout` and terminals send theirs twice
+            self.release_signals()
+            signal.raise_signal(number)
 
     def open_folder(self):
         """Makes the run's folder, or reopens it and cuts its logs back to the checkpoint."""
@@ -1033,32 +1076,27 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            self.logs = {name: folder / f"{name}.csv" for name in self.waiting}
+            sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
+            for name, path in self.logs.items():
+                if (path.stat().st_size if path.exists() else 0) < sizes[name]:
+                    raise Refused(f"{path} is shorter than when the checkpoint was saved")
+            about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
+            (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
+            if not saved:
+                (folder / script.name).write_bytes(script.read_bytes())
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                purge = saved["step"] + 1 if saved else None
+                self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
+            for name, path in self.logs.items():
+                with open(path, "ab") as f:
+                    f.truncate(sizes[name])
         except BlockingIOError as e:
             raise Refused(f"another process is training in {folder}") from e
         except OSError as e:
             raise Refused(f"--runs-dir: cannot write to {folder} ({e.strerror})") from e
-        self.logs = {name: folder / f"{name}.csv" for name in ("metrics", "eval")}
-        sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
-        for name, path in self.logs.items():
-            path.touch()
-            if path.stat().st_size < sizes[name]:
-                raise Refused(f"{path} is shorter than when the checkpoint was saved")
-        for name, path in self.logs.items():
-            os.truncate(path, sizes[name])
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            purge = saved["step"] + 1 if saved else None
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
-        about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
-        (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
-        if not saved:
-            (folder / script.name).write_bytes(script.read_bytes())
         self.folder = folder
-        say(f"{'resumes' if saved else 'writes'} {folder}, device {self.device}")
-        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
-            say("warning: --checkpoint-every restarts games before one of full length could end")
-        if args.total_timesteps > args.schedule_timesteps:
-            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
 
     def restore(self, **parts):
         """Names what a save holds besides the run's own state, and loads all of it if resuming."""
@@ -1069,31 +1107,62 @@ class Run:
         except (KeyError, ValueError, RuntimeError) as e:
             raise Refused(f"{self.saved['path']} does not fit this script and game") from e
         vars(self).update((name, self.saved[name]) for name in KEPT if self.saved)
+        self.done_at["checkpoint"] = self.step  # the games restart here
         self.row_step = self.line_step = self.step
         self.row_at = self.line_at = time.monotonic()
+        if not self.folder:
+            return
+        args, verb = self.args, "resumes" if self.saved else "writes"
+        say(f"{verb} {self.folder}, device {self.device}")
+        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
+            say("warning: --checkpoint-every restarts games before one of full length could end")
+        if args.total_timesteps > args.schedule_timesteps:
+            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
 
-    def save(self, restarts=False):
-        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart."""
+    def save(self, restarts=False, last=False):
+        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart.
+
+        If it cannot be written that is an OSError for the `last` save, else only a warning.
+        """
         self.check_finite()
-        games_cut = self.games_cut + self.args.num_envs  # as resuming restarts them in any case
+        running = self.step > self.done_at["checkpoint"]  # if resumed from here, games are cut
+        games_cut = self.games_cut + self.args.num_envs * running
         if restarts:
             self.games_cut, self.done_at["checkpoint"] = games_cut, self.step
         state = dict(format=FORMAT, script=Path(__file__).stem, threads=torch.get_num_threads(),
                      args=vars(self.args) | dict(resume="", evaluate=""), wall=self.wall_time())
         state |= {name: getattr(self, name) for name in KEPT} | dict(games_cut=games_cut, logs={})
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        for name, path in self.logs.items():
-            with open(path, "ab") as f:
-                os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
-                state["logs"][name] = f.tell()
-        if self.board:
-            self.board.flush()
-        with open(new := self.folder / "checkpoint.new", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, self.folder / "checkpoint.pt")
+        new, failed = self.folder / "checkpoint.new", None
+        try:
+            self.write_rows()
+            for name, path in self.logs.items():
+                with open(path, "ab") as f:
+                    os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
+                    state["logs"][name] = f.tell()
+            state |= {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save(state, data := io.BytesIO())  # to a file it hides what is wrong with that
+            with open(new, "wb") as f:
+                f.write(data.getbuffer())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(new, self.folder / "checkpoint.pt")
+            sync(self.folder)
+        except OSError as e:
+            failed = OSError(f"step {self.step} could not be saved in {self.folder} "
+                             f"({e.strerror}); the last good checkpoint: {self.last_good()}")
+            with suppress(OSError):
+                new.unlink()
+        for part in self.parts.values():
+            if hasattr(part, "settle"):  # a part with files of its own
+                part.settle(saved=not failed)
+        if failed and last:
+            raise failed
+        if failed:
+            say(f"warning: {failed}")
         self.saved_at = time.monotonic()
+
+    def last_good(self):
+        return next(self.folder.glob("checkpoint.pt"), "not yet made")
 
     def wall_time(self):
         return self.saved.get("wall", 0.0) + time.monotonic() - self.began
@@ -1116,9 +1185,8 @@ class Run:
         """Raises FloatingPointError, with its terms, if an update since the row was not finite."""
         if self.updates and not self.sums.isfinite().all():
             terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, self.first_bad.tolist()))
-            last = next(self.folder.glob("checkpoint.pt"), "not yet made")
             raise FloatingPointError(f"an update by step {self.step} was not finite and left out "
-                                     f"({terms}); the last good checkpoint: {last}")
+                                     f"({terms}); the last good checkpoint: {self.last_good()}")
 
     def means(self):
         """The mean of each term over the updates since the last row, by name."""
@@ -1161,14 +1229,37 @@ class Run:
 
     def write(self, log, row):
         row = dict(step=self.step, frames=self.step * FRAME_SKIP, wall_time=self.wall_time(), **row)
-        with open(self.logs[log], "a", newline="") as f:
-            writer = csv.writer(f)
-            if f.tell() == 0:
-                writer.writerow(row)
-            writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
-        for key, value in row.items() if self.board else ():
-            if not isinstance(value, str):
-                self.board.add_scalar(f"{log}/{key}", value, self.step)
+        self.waiting[log].append(row)
+        try:
+            self.write_rows()
+        except OSError as e:
+            if len(self.waiting[log]) == 1:  # say it once
+                say(f"warning: {self.logs[log]}: {e.strerror}; its rows wait in memory")
+        try:
+            for key, value in row.items() if self.board else ():
+                if not isinstance(value, str):
+                    self.board.add_scalar(f"{log}/{key}", value, self.step)
+            if self.board:
+                self.board.flush()
+        except OSError as e:  # its thread does not come back
+            say(f"warning: TensorBoard gets no more rows: {e.strerror}")
+            self.board = None
+
+    def write_rows(self):
+        """Appends the rows that wait to their logs, all of a log's or, with OSError, none."""
+        for log, rows in self.waiting.items():
+            with open(self.logs[log], "ab", buffering=0) as f:
+                size, text = f.tell(), io.StringIO()
+                writer = csv.writer(text)
+                if rows and not size:
+                    writer.writerow(rows[0])  # its keys
+                for row in rows:
+                    writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
+                data = text.getvalue().encode()
+                if f.write(data) < len(data):  # there was room for a part only
+                    f.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            rows.clear()
 
     def goes_on(self, act, policy):
         """Whether there is more to train. Evaluates if due, shows progress, saves by the clock.
@@ -1192,13 +1283,13 @@ class Run:
 
     def stop(self):
         """Saves and ends the process, as a signal asked for."""
-        self.save()
+        self.save(last=True)
         say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
         raise SystemExit(128 + self.signal)
 
     def finish(self):
         """The last save; returns the final statistics."""
-        self.save()
+        self.save(last=True)
         say(f"done: {self.folder}")
         result = {f"eval_{k}": v for k, v in self.result.items()}
         return dict(step=self.step, folder=str(self.folder), **summary(self.last100), **result)
@@ -1212,8 +1303,21 @@ def summary(games):
     return {k: float(v) for k, v in stats.items()}
 
 
+def sync(folder):
+    """Puts on the disk that a file of the folder was renamed, where the file system can."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def say(text, end="\n"):
-    print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+    try:
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+    except OSError:  # `| head` has left, or the terminal is closed: the run goes on unheard
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def provenance(device, args):

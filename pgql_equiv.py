@@ -18,6 +18,7 @@ Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its
 import csv
 import dataclasses
 import difflib
+import errno
 import fcntl
 import importlib.util
 import io
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, redirect_stderr
+from contextlib import closing, redirect_stderr, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -685,7 +686,9 @@ def main(Args, train, description):
                 raise Refused(f"{flag} {source} is not a run of this {name}: {e}") from e
             args = parse(Args, description=description, default=saved)
         train(args)
-    except (Refused, FloatingPointError) as e:
+    except KeyboardInterrupt:  # before there is a run to save, or a second time
+        sys.exit(128 + signal.SIGINT)
+    except (Refused, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, Refused) else 1)
 
@@ -802,16 +805,24 @@ def read_checkpoint(path, device="cpu"):
         raise Refused(f"there is no checkpoint at {path}")
     try:  # weights_only: a downloaded checkpoint cannot run code
         saved = torch.load(path, map_location=device, weights_only=True)
-        made_by = f"{saved['script']}.py in format {saved['format']}"
+        script, number, newer = saved["script"], saved["format"], saved["format"] > FORMAT
     except Exception as e:
         raise Refused(f"{path} cannot be read as a checkpoint ({type(e).__name__})") from e
-    if made_by != (this := f"{Path(__file__).stem}.py in format {FORMAT}"):
-        raise Refused(f"{path} was made by {made_by}, this is {this}")
+    if script != Path(__file__).stem:
+        raise Refused(f"{path} was made by {script}.py, this is {Path(__file__).name}")
+    if number != FORMAT:
+        raise Refused(f"{path} is from {'a newer' if newer else 'an older'} version of this script "
+                      f"(format {number}, here {FORMAT}); use that, the run's folder has a copy")
     return dict(saved, path=path.resolve())
 
 
 class Run:
-    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end."""
+    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end.
+
+    What cannot be written while it trains, on a full disk for example, does not end it: the last
+    checkpoint stands, rows wait in memory, and both are tried again at the next row or save. Only
+    if the last save fails, at the end or on a signal, is that an error.
+    """
 
     def __init__(self, args, limits):
         check(args, limits | RUN_LIMITS)
@@ -825,6 +836,7 @@ class Run:
         self.last100, self.games = [], []  # (score, length) of 100 games, of those since the row
         self.names, self.sums, self.first_bad, self.result = [], None, None, {}
         self.folder = self.lock = self.board = None
+        self.waiting = dict(metrics=[], eval=[])  # rows that are not on the disk yet
         if threads := args.threads or self.saved.get("threads"):
             torch.set_num_threads(threads)  # the number of threads decides how sums are rounded
         torch.manual_seed(args.seed)
@@ -833,19 +845,26 @@ class Run:
         self.began = self.saved_at = time.monotonic()
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.getsignal(number)
-                signal.signal(number, self.on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
+                    self.handlers[number] = signal.signal(number, self.on_signal)
 
     def close(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.release_signals()
         for file in filter(None, (self.board, self.lock)):
             file.close()
 
+    def release_signals(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
     def on_signal(self, number, _):
-        self.signal = number  # goes_on() acts on it after the update
-        signal.signal(number, self.handlers[number])  # a second one acts at once
+        """The first one is for goes_on(), after the update; one a second later acts at once."""
+        if not self.signal:
+            self.signal, self.signal_at = number, time.monotonic()
+        elif time.monotonic() - self.signal_at > 1:  # `timeout` and terminals send theirs twice
+            self.release_signals()
+            signal.raise_signal(number)
 
     def open_folder(self):
         """Makes the run's folder, or reopens it and cuts its logs back to the checkpoint."""
@@ -864,32 +883,27 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            self.logs = {name: folder / f"{name}.csv" for name in self.waiting}
+            sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
+            for name, path in self.logs.items():
+                if (path.stat().st_size if path.exists() else 0) < sizes[name]:
+                    raise Refused(f"{path} is shorter than when the checkpoint was saved")
+            about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
+            (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
+            if not saved:
+                (folder / script.name).write_bytes(script.read_bytes())
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                purge = saved["step"] + 1 if saved else None
+                self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
+            for name, path in self.logs.items():
+                with open(path, "ab") as f:
+                    f.truncate(sizes[name])
         except BlockingIOError as e:
             raise Refused(f"another process is training in {folder}") from e
         except OSError as e:
             raise Refused(f"--runs-dir: cannot write to {folder} ({e.strerror})") from e
-        self.logs = {name: folder / f"{name}.csv" for name in ("metrics", "eval")}
-        sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
-        for name, path in self.logs.items():
-            path.touch()
-            if path.stat().st_size < sizes[name]:
-                raise Refused(f"{path} is shorter than when the checkpoint was saved")
-        for name, path in self.logs.items():
-            os.truncate(path, sizes[name])
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            purge = saved["step"] + 1 if saved else None
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
-        about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
-        (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
-        if not saved:
-            (folder / script.name).write_bytes(script.read_bytes())
         self.folder = folder
-        say(f"{'resumes' if saved else 'writes'} {folder}, device {self.device}")
-        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
-            say("warning: --checkpoint-every restarts games before one of full length could end")
-        if args.total_timesteps > args.schedule_timesteps:
-            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
 
     def restore(self, **parts):
         """Names what a save holds besides the run's own state, and loads all of it if resuming."""
@@ -900,31 +914,62 @@ class Run:
         except (KeyError, ValueError, RuntimeError) as e:
             raise Refused(f"{self.saved['path']} does not fit this script and game") from e
         vars(self).update((name, self.saved[name]) for name in KEPT if self.saved)
+        self.done_at["checkpoint"] = self.step  # the games restart here
         self.row_step = self.line_step = self.step
         self.row_at = self.line_at = time.monotonic()
+        if not self.folder:
+            return
+        args, verb = self.args, "resumes" if self.saved else "writes"
+        say(f"{verb} {self.folder}, device {self.device}")
+        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
+            say("warning: --checkpoint-every restarts games before one of full length could end")
+        if args.total_timesteps > args.schedule_timesteps:
+            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
 
-    def save(self, restarts=False):
-        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart."""
+    def save(self, restarts=False, last=False):
+        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart.
+
+        If it cannot be written that is an OSError for the `last` save, else only a warning.
+        """
         self.check_finite()
-        games_cut = self.games_cut + self.args.num_envs  # as resuming restarts them in any case
+        running = self.step > self.done_at["checkpoint"]  # if resumed from here, games are cut
+        games_cut = self.games_cut + self.args.num_envs * running
         if restarts:
             self.games_cut, self.done_at["checkpoint"] = games_cut, self.step
         state = dict(format=FORMAT, script=Path(__file__).stem, threads=torch.get_num_threads(),
                      args=vars(self.args) | dict(resume="", evaluate=""), wall=self.wall_time())
         state |= {name: getattr(self, name) for name in KEPT} | dict(games_cut=games_cut, logs={})
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        for name, path in self.logs.items():
-            with open(path, "ab") as f:
-                os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
-                state["logs"][name] = f.tell()
-        if self.board:
-            self.board.flush()
-        with open(new := self.folder / "checkpoint.new", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, self.folder / "checkpoint.pt")
+        new, failed = self.folder / "checkpoint.new", None
+        try:
+            self.write_rows()
+            for name, path in self.logs.items():
+                with open(path, "ab") as f:
+                    os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
+                    state["logs"][name] = f.tell()
+            state |= {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save(state, data := io.BytesIO())  # to a file it hides what is wrong with that
+            with open(new, "wb") as f:
+                f.write(data.getbuffer())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(new, self.folder / "checkpoint.pt")
+            sync(self.folder)
+        except OSError as e:
+            failed = OSError(f"step {self.step} could not be saved in {self.folder} "
+                             f"({e.strerror}); the last good checkpoint: {self.last_good()}")
+            with suppress(OSError):
+                new.unlink()
+        for part in self.parts.values():
+            if hasattr(part, "settle"):  # a part with files of its own
+                part.settle(saved=not failed)
+        if failed and last:
+            raise failed
+        if failed:
+            say(f"warning: {failed}")
         self.saved_at = time.monotonic()
+
+    def last_good(self):
+        return next(self.folder.glob("checkpoint.pt"), "not yet made")
 
     def wall_time(self):
         return self.saved.get("wall", 0.0) + time.monotonic() - self.began
@@ -947,9 +992,8 @@ class Run:
         """Raises FloatingPointError, with its terms, if an update since the row was not finite."""
         if self.updates and not self.sums.isfinite().all():
             terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, self.first_bad.tolist()))
-            last = next(self.folder.glob("checkpoint.pt"), "not yet made")
             raise FloatingPointError(f"an update by step {self.step} was not finite and left out "
-                                     f"({terms}); the last good checkpoint: {last}")
+                                     f"({terms}); the last good checkpoint: {self.last_good()}")
 
     def means(self):
         """The mean of each term over the updates since the last row, by name."""
@@ -992,14 +1036,37 @@ class Run:
 
     def write(self, log, row):
         row = dict(step=self.step, frames=self.step * FRAME_SKIP, wall_time=self.wall_time(), **row)
-        with open(self.logs[log], "a", newline="") as f:
-            writer = csv.writer(f)
-            if f.tell() == 0:
-                writer.writerow(row)
-            writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
-        for key, value in row.items() if self.board else ():
-            if not isinstance(value, str):
-                self.board.add_scalar(f"{log}/{key}", value, self.step)
+        self.waiting[log].append(row)
+        try:
+            self.write_rows()
+        except OSError as e:
+            if len(self.waiting[log]) == 1:  # say it once
+                say(f"warning: {self.logs[log]}: {e.strerror}; its rows wait in memory")
+        try:
+            for key, value in row.items() if self.board else ():
+                if not isinstance(value, str):
+                    self.board.add_scalar(f"{log}/{key}", value, self.step)
+            if self.board:
+                self.board.flush()
+        except OSError as e:  # its thread does not come back
+            say(f"warning: TensorBoard gets no more rows: {e.strerror}")
+            self.board = None
+
+    def write_rows(self):
+        """Appends the rows that wait to their logs, all of a log's or, with OSError, none."""
+        for log, rows in self.waiting.items():
+            with open(self.logs[log], "ab", buffering=0) as f:
+                size, text = f.tell(), io.StringIO()
+                writer = csv.writer(text)
+                if rows and not size:
+                    writer.writerow(rows[0])  # its keys
+                for row in rows:
+                    writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
+                data = text.getvalue().encode()
+                if f.write(data) < len(data):  # there was room for a part only
+                    f.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            rows.clear()
 
     def goes_on(self, act, policy):
         """Whether there is more to train. Evaluates if due, shows progress, saves by the clock.
@@ -1023,13 +1090,13 @@ class Run:
 
     def stop(self):
         """Saves and ends the process, as a signal asked for."""
-        self.save()
+        self.save(last=True)
         say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
         raise SystemExit(128 + self.signal)
 
     def finish(self):
         """The last save; returns the final statistics."""
-        self.save()
+        self.save(last=True)
         say(f"done: {self.folder}")
         result = {f"eval_{k}": v for k, v in self.result.items()}
         return dict(step=self.step, folder=str(self.folder), **summary(self.last100), **result)
@@ -1043,8 +1110,21 @@ def summary(games):
     return {k: float(v) for k, v in stats.items()}
 
 
+def sync(folder):
+    """Puts on the disk that a file of the folder was renamed, where the file system can."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def say(text, end="\n"):
-    print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+    try:
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+    except OSError:  # `| head` has left, or the terminal is closed: the run goes on unheard
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def provenance(device, args):

@@ -72,13 +72,13 @@ def main(folder):
             npg.move(net.of("pi"), theta - npg.flat(net.of("pi")))
     solution, _ = npg.solve(net, old, args)
     for eps in EPS:
-        adam = npg.adam_of(net.of("pi"), torch.device("cpu"))
+        adam = npg.adam_of(net.of("pi"), args.learning_rate, torch.device("cpu"))
         target = npg.log_pi_target(npg.at(old.log_pi, old.a), old.A, eps, tau)
         generator = torch.Generator().manual_seed(0)
         for k in range(PASSES):
             for i in npg.minibatches(1, len(old.a), args.minibatch_size, generator):
                 L = npg.regression_loss(npg.at(net(old.s[i]), old.a[i]), target[i]).mean()
-                npg.descend(L, adam, args.learning_rate, args)
+                npg.descend(L, adam, args)
             if k + 1 in (1, 2, 4, 8, 16):
                 with torch.no_grad():
                     new, d = net(old.s), npg.flat(net.of("pi")) - theta

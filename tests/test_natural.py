@@ -312,7 +312,7 @@ def test_which_parameters_each_fit_moves(value, moved):
     before = net(obs)
     args = script.Args(max_grad_norm=0.5)
     for _ in range(3):
-        script.descend(net.V(obs).square().mean(), script.adam_of(net.of("V"), obs.device), 1e-3,
+        script.descend(net.V(obs).square().mean(), script.adam_of(net.of("V"), 1e-3, obs.device),
                        args)
     assert not torch.equal(net.V(obs), values)
     assert torch.equal(net(obs), before) == (value != "shared")
@@ -365,13 +365,13 @@ def test_adam_is_torchs_and_leaves_out_what_is_not_finite():
     other = script.PolicyAndValue(4, "separate")
     other.load_state_dict(net.state_dict())
     old, args = filled_batch(net, 4), script.Args(max_grad_norm=0.1)
-    adam = script.adam_of(net.of("pi"), torch.device("cpu"))
+    adam = script.adam_of(net.of("pi"), 1e-3, torch.device("cpu"))
     plain = torch.optim.Adam(other.of("pi"), lr=1e-3, eps=1e-5)
     for step in range(4):
         factor = math.nan if step == 2 else 1.0
         kept = script.flat(net.of("pi"))
         L = factor * script.regression_loss(script.at(net(old.s), old.a), old.A).mean()
-        assert script.descend(L, adam, 1e-3, args).isfinite() == (step != 2)
+        assert script.descend(L, adam, args).isfinite() == (step != 2)
         if step == 2:
             assert torch.equal(script.flat(net.of("pi")), kept)
             continue

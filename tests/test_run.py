@@ -3,12 +3,10 @@ import csv
 import dataclasses
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -154,39 +152,6 @@ def test_a_run_in_use_is_locked(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(shared.Run, "goes_on", second)
     shared.train(args)
     assert folder and len(rows(folder[0])) == 6
-
-
-def test_damaged_foreign_and_hostile_checkpoints_are_refused(shared, tmp_path, monkeypatch):
-    folder = Path(shared.train(tiny(shared, tmp_path / "runs"))["folder"])
-    good = torch.load(folder / "checkpoint.pt", weights_only=True)
-    bad = tmp_path / "bad.pt"
-
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    def refused(text):
-        for flag in ("resume", "evaluate"):
-            with pytest.raises(shared.Refused, match=text):
-                shared.train(shared.Args(**{flag: str(bad)}))
-
-    refused("there is no checkpoint at")
-    for content in (b"", (folder / "checkpoint.pt").read_bytes()[:50_000], b"not a checkpoint",
-                    pickle.dumps(Hostile(), protocol=2)):
-        bad.write_bytes(content)
-        refused("cannot be read as a checkpoint")
-    torch.save(dict(good, extra=Hostile()), bad)
-    refused("cannot be read as a checkpoint")
-    assert not (tmp_path / "owned").exists(), "the checkpoint ran its code"
-    torch.save(good["net"], bad)
-    refused("cannot be read as a checkpoint")
-    torch.save(dict(good, format=99), bad)
-    refused("in format 99")
-    torch.save(dict(good, script="other"), bad)
-    refused("was made by other.py")
-    torch.save(dict(good, args=dict(good["args"], env_id="ALE/Pong-v5")), bad)
-    with pytest.raises(shared.Refused, match="does not fit"):
-        shared.train(shared.Args(env_id="ALE/Pong-v5", evaluate=str(bad), device="cpu"))
 
 
 def test_logs_that_lost_rows_are_refused_and_left_alone(shared, tmp_path, monkeypatch):
@@ -344,55 +309,6 @@ def test_a_copied_file_trains_resumes_and_evaluates_alone(script, tmp_path):
     assert "evaluation at step 400" in out
     out = alone(script, tmp_path / "x", "--help").communicate()[0]
     assert "--total-timesteps" in out and "agent steps over all environments" in out
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_resume_goes_on(script, tmp_path, number, code):
-    """Real processes; what is resumed from such a save is deterministic."""
-    process = alone(script, tmp_path / "x", *small(script), "--total-timesteps", "1000000",
-                    "--eval-every", "100")
-    path = tmp_path / "x" / "runs"
-    deadline = time.time() + 120
-    while not any(p.read_text().count("\n") > 3 for p in path.glob("*/metrics.csv")):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code and "go on with --resume" in out
-    folder, = path.iterdir()
-    state = checkpoint(script, folder)
-    results = []
-    for i in range(2):
-        copy = shutil.copytree(folder, tmp_path / f"copy{i}")
-        script.train(resumed(script, copy, total_timesteps=state["step"] + 200))
-        steps = [int(row["step"]) for row in rows(copy)]
-        assert steps == sorted(set(steps)) and steps[-1] == state["step"] + 200
-        results.append((rows(copy), checkpoint(script, copy)["net"]))
-    assert results[0][0] == results[1][0] and equal(results[0][1], results[1][1])
-
-
-def test_sigkill_while_saving_loses_no_checkpoint(shared, tmp_path):
-    """Saves all the time, is killed, resumes; three times."""
-    folder = tmp_path / "x"
-    forever = *SMALL, "--total-timesteps", "1000000"
-    process = alone(shared, folder, *forever, "--save-minutes", "1e-9")
-    for _ in range(3):
-        deadline = time.time() + 120
-        before = max((p.stat().st_mtime for p in folder.glob("runs/*/checkpoint.pt")), default=0)
-        while not any(p.stat().st_mtime > before for p in folder.glob("runs/*/checkpoint.pt")):
-            assert time.time() < deadline and process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.3)
-        process.kill()
-        process.communicate()
-        run, = (folder / "runs").iterdir()
-        step = checkpoint(shared, run)["step"]
-        process = alone(shared, folder, "--resume", str(run))
-    process.kill()
-    process.communicate()
-    shared.train(resumed(shared, run, total_timesteps=step + 100))
-    steps = [int(row["step"]) for row in rows(run)]
-    assert steps == sorted(set(steps)) and steps[-1] == step + 100
 
 
 def test_time_limit_inside_training_bootstraps_from_the_last_observation(a2c, tmp_path,

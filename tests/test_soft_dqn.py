@@ -636,6 +636,7 @@ def test_a_saved_memory_is_restored_slot_by_slot(tmp_path):
     memory, rng = filled(2, 37, 3, folder=tmp_path)
     for steps in (1, 5, 0, 30, 2, 60, 1, 18, 18, 18):
         state = memory.state_dict()
+        memory.settle(saved=True)
         files = {p.name for p in tmp_path.glob("replay-*")}
         listed = {memory.path(segment).name for segment in state["segments"]}
         assert listed <= files and len(listed) <= 2 + 37 // 3

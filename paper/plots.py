@@ -1,0 +1,208 @@
+"""Draws a figure of the paper, and tabulates its final scores, from the CSVs that were collected.
+
+    python paper/plots.py 1 2 3 4     # again from results/paper, what lies there
+
+For figure k it writes figure<k>.csv, the curves as drawn; figure<k>.png and .svg; and scores<k>.md
+and .csv, the final scores beside the published ones and what the grid still lacks. The CSVs and the
+table depend on the collected CSVs alone, byte for byte.
+"""
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+GRIDS = json.loads(Path(__file__).with_name("grids.json").read_text())
+RESULTS = ROOT / "results" / "paper"
+# told apart by brightness and dashes, too, where colours are lost
+STYLES = [("#1f3f7f", "-"), ("#d95f02", "--"), ("#3a9c6b", "-."), ("#a9446f", ":"),
+          ("#7a7a7a", (0, (5, 1, 1, 1, 1, 1))), ("#c9a227", (0, (1, 1)))]
+POINTS = 201  # of a drawn curve
+RESAMPLES = 10_000  # of the bootstrap
+
+
+def short(frames):
+    """A number of frames in three digits: 2512000 -> 2.51M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if frames >= size:
+            return f"{frames / size:.3g}{unit}"
+    return str(frames)
+
+
+def exact(frames):
+    """The shortest exact name of a number of frames, part of a folder's name: 40000000 -> 40M."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if frames % size == 0:
+            return f"{frames // size}{unit}"
+    return str(frames)
+
+
+def arm_folder(command):
+    """The folder of an arm, from its script and flags: arms of two figures may be the same."""
+    script, *flags = command
+    return "_".join([Path(script).stem, *(flag.removeprefix("--") for flag in flags)])
+
+
+def runs(figure, results, extra=()):
+    """The collected runs of a figure by (game, arm, name of the horizon): [(seed, folder), ...]."""
+    found = {}
+    for arm, command in GRIDS["figures"][figure]["arms"].items():
+        for folder in sorted(Path(results).glob(f"{arm_folder((*command, *extra))}/*/*/seed*")):
+            game, horizon = folder.parts[-3:-1]
+            if (folder / "eval.csv").exists() and game in GRIDS["games"]:
+                found.setdefault((game, arm, horizon), []).append((int(folder.name[4:]), folder))
+    return {key: sorted(of) for key, of in found.items()}
+
+
+def evaluations(folder):
+    """Frames and mean scores of a run's evaluations; two arrays."""
+    with open(folder / "eval.csv", newline="") as f:
+        rows = [(float(row["frames"]), float(row["score_mean"])) for row in csv.DictReader(f)]
+    return np.array(rows).reshape(-1, 2).T
+
+
+def curves(figure, results, extra=()):
+    """The curves of a figure, as rows of its CSV: mean and deviation over the seeds.
+
+    At each point the mean is over the seeds that have come that far, of which it gives the number.
+    Between evaluations scores are interpolated.
+    """
+    for (game, arm, horizon), of in runs(figure, results, extra).items():
+        seeds = [found for _, folder in of if (found := evaluations(folder)).size]
+        if not seeds:
+            continue
+        last = max(frames[-1] for frames, _ in seeds)
+        first = min(frames[0] for frames, _ in seeds)
+        for x in np.linspace(first, last, POINTS if last > first else 1):
+            y = [np.interp(x, *of) for of in seeds if of[0][0] <= x <= of[0][-1]]
+            if y:
+                yield dict(game=game, arm=arm, horizon=horizon, frames=round(x), seeds=len(y),
+                           mean=f"{np.mean(y):.6g}", std=f"{np.std(y):.6g}")
+
+
+def interval(scores):
+    """The 95% bootstrap interval of a mean over seeds, None for a single one."""
+    if len(scores) < 2:
+        return None
+    drawn = np.random.default_rng(0).choice(scores, (RESAMPLES, len(scores)))
+    return tuple(np.percentile(drawn.mean(1), (2.5, 97.5)))
+
+
+def final_scores(figure, results, extra=()):
+    """A row for each game, arm and horizon: the last evaluations of the seeds."""
+    grid = GRIDS["figures"][figure]
+    for (game, arm, horizon), of in sorted(runs(figure, results, extra).items()):
+        seeds = [found for _, folder in of if (found := evaluations(folder)).size]
+        scores = [float(score[-1]) for _, score in seeds]
+        if not scores:
+            continue
+        low, high = interval(scores) or (math.nan, math.nan)
+        row = dict(game=game, arm=arm, horizon=horizon, seeds=len(scores),
+                   of_seeds=grid["seeds"], frames=round(min(frames[-1] for frames, _ in seeds)),
+                   of_frames=grid["frames"], mean=np.mean(scores),
+                   std=np.std(scores, ddof=1) if len(scores) > 1 else math.nan, low=low, high=high)
+        yield {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+def score_table(figure, rows):
+    """The lines of scores<k>.md."""
+    grid = GRIDS["figures"][figure]
+    sources = GRIDS["published"][grid["published"]]
+    yield (f"Of the {len(grid['arms']) * len(GRIDS['games']) * grid['seeds']} runs of "
+           f"{exact(grid['frames'])} frames, {sum(int(row['seeds']) for row in rows)} have begun "
+           f"and {complete(rows)} are complete.")
+    yield ""
+    yield ("| game | arm | seeds | frames (decays over) | final score | deviation over seeds "
+           "| 95% interval | " + " | ".join(f"[{i}]" for i in range(1, len(sources) + 1)) + " |")
+    yield "|---" * (7 + len(sources)) + "|"
+    for row in rows:
+        published = [source["scores"].get(row["game"], "-") for source in sources]
+        several = int(row["seeds"]) > 1
+        yield " | ".join(map(str, (
+            f"| {row['game']}", row["arm"], f"{row['seeds']} of {row['of_seeds']}",
+            f"{short(int(row['frames']))} ({row['horizon']})", f"{float(row['mean']):.1f}",
+            f"{float(row['std']):.1f}" if several else "-",
+            f"{float(row['low']):.1f} to {float(row['high']):.1f}" if several else "-",
+            *published))) + " |"
+    yield ""
+    yield ("Final score: mean of the last evaluation, 20 full games a seed unless eval.csv says "
+           "otherwise; the interval is a bootstrap over seeds. Published, at 40M frames:")
+    for i, source in enumerate(sources, 1):
+        yield f"[{i}] {source['source']}" + (";" if i < len(sources) else ".")
+
+
+def complete(rows):
+    """How many runs have come to the end of the figure, on its own horizon."""
+    return sum(int(row["seeds"]) for row in rows if int(row["frames"]) >= int(row["of_frames"])
+               and row["horizon"] == exact(int(row["of_frames"])))
+
+
+def picture(figure, rows):
+    """The figure from the rows of its CSV: one panel a game, as in the paper."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    matplotlib.rcParams["svg.hashsalt"] = "figures"  # or every drawing has new names
+    grid = GRIDS["figures"][figure]
+    games = [game for game in GRIDS["games"] if any(row["game"] == game for row in rows)]
+    across = min(3, len(games))
+    down = math.ceil(len(games) / across)
+    drawn, axes = plt.subplots(down, across, squeeze=False, layout="constrained",
+                               figsize=(max(4.2 * across, 5.5), 3.2 * down + 0.9))
+    for ax, game in zip(axes.flat, games):
+        lines = {(row["arm"], row["horizon"]): [] for row in rows if row["game"] == game}
+        for row in rows:
+            if row["game"] == game:
+                lines[row["arm"], row["horizon"]].append(
+                    [float(row[k]) for k in ("frames", "mean", "std")])
+        for arm, horizon in lines:
+            x, mean, std = np.array(lines[arm, horizon]).T
+            color, dashes = STYLES[list(grid["arms"]).index(arm)]
+            ax.plot(x / 1e6, mean, color=color, ls=dashes, lw=1.6, label=arm)
+            ax.fill_between(x / 1e6, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+        ax.set(title=game, xlabel="million frames")
+        ax.margins(x=0)
+    for ax in axes.flat[len(games):]:
+        ax.set_visible(False)
+    axes[0, 0].set_ylabel("evaluation score")
+    named = {label: handle for ax in axes.flat for handle, label in zip(
+        *ax.get_legend_handles_labels())}
+    named = {arm: named[arm] for arm in grid["arms"] if arm in named}
+    drawn.legend(named.values(), named, loc="outside lower center", ncols=min(3, len(named)),
+                 frameon=False, handlelength=3.5)
+    return drawn
+
+
+def draw(figure, results=RESULTS, out=None, extra=()):
+    """Writes what the module's docstring lists to the folder `out`; returns the paths.
+
+    extra are flags that the runs had beside those of the arms.
+    """
+    out, rows = Path(out or results), list(curves(figure, results, extra))
+    out.mkdir(parents=True, exist_ok=True)
+    if not rows:
+        return []
+    final = list(final_scores(figure, results, extra))
+    for name, table in (("figure", rows), ("scores", final)):
+        with open(out / f"{name}{figure}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, table[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+    (out / f"scores{figure}.md").write_text("\n".join(score_table(figure, final)) + "\n")
+    drawn = picture(figure, rows)
+    drawn.savefig(out / f"figure{figure}.png", dpi=120, metadata={"Software": None})
+    drawn.savefig(out / f"figure{figure}.svg", metadata={"Date": None, "Creator": None})
+    return [out / f"{name}{figure}.{kind}" for name, kind in (
+        ("figure", "csv"), ("figure", "png"), ("figure", "svg"), ("scores", "csv"),
+        ("scores", "md"))]
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:] or set(sys.argv[1:]) - set(GRIDS["figures"]):
+        sys.exit(__doc__)
+    for figure in sys.argv[1:]:
+        for path in draw(figure):
+            print(f"wrote {path}")
