@@ -30,9 +30,9 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stderr, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 # === shared: waiting threads ===
 # Before torch is imported. By default its idle threads spin, which takes the cores from the
@@ -518,6 +518,8 @@ FORMAT = 2  # of checkpoints
 RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
                   eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
                   save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
+NUMBERS = {int: "a whole number", float: "a number"}
+SAMPLE_BYTES = 250_000  # at least, in a pass through the network: 4 screens, widest activations
 FREE_ON_RESUME = {"total_timesteps", "device", "threads", "fast", "eval_every", "eval_episodes",
                   "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
 KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
@@ -532,10 +534,15 @@ def main(Args, train, description):
     """The command line; on --resume and --evaluate the flags not given are the checkpoint's."""
     try:
         description = re.sub(r"\n(?=\w)", "\n\n", description)  # or --help joins its lines
-        args = tyro.cli(Args, description=description)
+        args = parse(Args, description=description)
         if source := args.resume or args.evaluate:
-            saved = Args(**read_checkpoint(source)["args"])
-            args = tyro.cli(Args, description=description, default=saved)
+            try:
+                saved = Args(**read_checkpoint(source)["args"])
+            except (Refused, OSError, TypeError) as e:
+                flag = "--resume" if args.resume else "--evaluate"
+                name = Path(__file__).name
+                raise Refused(f"{flag} {source} is not a run of this {name}: {e}") from e
+            args = parse(Args, description=description, default=saved)
         train(args)
     except KeyboardInterrupt:  # before there is a run to save, or a second time
         sys.exit(128 + signal.SIGINT)
@@ -544,12 +551,73 @@ def main(Args, train, description):
         sys.exit(2 if isinstance(e, Refused) else 1)
 
 
+def parse(Args, **settings):
+    """tyro.cli(Args), with one sentence as Refused where tyro has a box of several lines."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Args, **settings)
+    except SystemExit as e:
+        if e.code and (mistake := mistake_in(sys.argv[1:], Args)):
+            raise Refused(mistake) from None
+        sys.stderr.write(box.getvalue())
+        raise
+
+
+def mistake_in(words, Args):
+    """What is wrong with a command line that tyro refuses, or None if this cannot tell."""
+    kinds = {f.name: f.type for f in dataclasses.fields(Args)}
+    words = [x for word in words for x in word.split("=", 1 if word.startswith("--") else 0)]
+    while words:
+        flag = words.pop(0)
+        name = flag.removeprefix("--").replace("-", "_")
+        if kinds.get(name.removeprefix("no_")) is bool:
+            if words and not words[0].startswith("-"):
+                return f"{flag} {words[0]}: it takes no value; --no- before the name turns it off"
+        elif name not in kinds or not flag.startswith("--"):
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"perhaps you meant {flag_of(near[0])}" if near else "--help lists all of them"
+            return f"{flag} is not a flag of {Path(__file__).name}; {hint}"
+        elif not words or words[0] == "" and kinds[name] is not str:
+            return f"{flag} has no value after it; it takes {allowed(name, kinds[name])}"
+        elif not fits(value := words.pop(0), kinds[name]):
+            return f"{flag} {value} is not {allowed(name, kinds[name])}"
+    return None
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def fits(word, kind):
+    """Whether a word of the command line has the type, or is one of the choices, of a flag."""
+    if get_args(kind):
+        return any(fits(word, part) for part in get_args(kind))
+    if kind not in NUMBERS:  # a choice, or str
+        return kind in (word, str)
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True
+
+
+def allowed(name, kind):
+    """What a flag takes, in words."""
+    if get_args(kind):
+        return " or ".join(allowed(name, part) for part in get_args(kind))
+    if kind not in NUMBERS:
+        return "a text" if kind is str else kind
+    low, high = (LIMITS | RUN_LIMITS)[name]
+    return f"{NUMBERS[kind]} between {low:,.15g} and {high:,.15g}"
+
+
 def check(args, limits):
     """Raises Refused on the first flag whose value makes no sense."""
+    kinds = {f.name: f.type for f in dataclasses.fields(args)}
     for name, (low, high) in limits.items():
         if not low <= (value := getattr(args, name)) <= high:  # NaN fails this too
-            flag = "--" + name.replace("_", "-")
-            raise Refused(f"{flag} {value} is not between {low:,} and {high:,}")
+            raise Refused(f"{flag_of(name)} {value} is not {allowed(name, kinds[name])}")
     games = {k[4:-3].lower(): k for k in gym.registry if k.startswith("ALE/")}
     if args.env_id not in games.values():
         name = re.sub(r"(-ram|NoFrameskip|Deterministic)*-v\d+$", "", args.env_id.split("/")[-1])
@@ -561,8 +629,31 @@ def check(args, limits):
         raise Refused("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise Refused("--tensorboard needs the package: pip install tensorboard")
-    if args.evaluate and (args.resume or not args.eval_episodes):
-        raise Refused("--evaluate goes without --resume and with at least one of --eval-episodes")
+    if args.evaluate and args.resume:
+        raise Refused(f"--evaluate {args.evaluate} goes without --resume {args.resume}")
+    if args.evaluate and not args.eval_episodes:
+        raise Refused("--eval-episodes 0: --evaluate plays at least 1")
+    if hasattr(args, "num_steps"):
+        check_memory(args, f"--num-envs {args.num_envs} with --num-steps {args.num_steps}",
+                     args.num_envs * args.num_steps * SAMPLE_BYTES)
+
+
+def check_memory(args, what, size):
+    """Raises Refused if training needs more bytes than there are."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if not args.evaluate and size > (free := free_bytes(cuda)):
+        raise Refused(f"{what} needs {size / 2**30:.2f} GiB {'of the GPU' if cuda else 'of memory'}"
+                      f", {free / 2**30:.2f} GiB are free")
+
+
+def free_bytes(cuda):
+    """Memory that could be taken now."""
+    if cuda:
+        return torch.cuda.mem_get_info()[0]
+    if Path("/proc/meminfo").exists():  # counts what the page cache would give back
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_checkpoint(path, device="cpu"):

@@ -459,21 +459,6 @@ def test_one_q_is_trained_in_the_convention_of_its_targets(tmp_path, monkeypatch
         assert torch.equal(log_pi_bar, torch.full((4,), constant))
 
 
-@pytest.mark.parametrize("flags, text", [
-    ("--tau 0 --parameterization q", "--tau 0: --parameterization q divides by it"),
-    ("--tau 0 --vf-coef theory", "--tau 0: --vf-coef theory divides by it"),
-    ("--vf-coef practice", "practice"), ("--vf-coef -1", "--vf-coef -1"),
-    ("--update sarsa", "sarsa"), ("--parameterization duel", "duel"),
-    ("--compare-every -1", "--compare-every -1"), ("--tau inf", "--tau inf")])
-def test_bad_flags(flags, text, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pgql_equiv.py", *flags.split()])
-    with pytest.raises(SystemExit) as stop:
-        pgql_equiv.main(pgql_equiv.Args, pgql_equiv.train, pgql_equiv.__doc__)
-    out = capsys.readouterr()
-    assert stop.value.code == 2 and text in out.err + out.out and not list(tmp_path.iterdir())
-
-
 def test_theory_trains_and_resumes_from_the_command_line(tmp_path, monkeypatch):
     """c is 1/tau in the loss that is descended; the flag survives a checkpoint."""
     seen, ql_loss = set(), pgql_equiv.ql_loss
