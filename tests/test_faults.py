@@ -24,7 +24,18 @@ from kill_loop import kill_loop
 from test_run import alone, checkpoint, equal, resumed, rows, small, tiny, train_until
 
 
-SEED = 3  # with which the loop lets each of these cases make a checkpoint first
+@pytest.fixture(autouse=True)
+def no_survivors(monkeypatch):
+    """Ends the processes that a failed test left running."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or
+                        started[-1])
+    yield
+    for process in started:
+        process.kill()
+
+
+SEED = 2  # with which the loop lets each of these cases make a checkpoint first
 
 
 @pytest.mark.parametrize("case", ["a2c_proper", "natural_pg_damped", "soft_dqn --save-replay"])
