@@ -35,7 +35,7 @@ def no_survivors(monkeypatch):
         process.kill()
 
 
-SEED = 2  # with which the loop lets each of these cases make a checkpoint first
+SEED = 295  # with it the loop lets each of these make a checkpoint and a row behind it first
 
 
 @pytest.mark.parametrize("case", ["a2c_proper", "natural_pg_damped", "soft_dqn --save-replay"])
