@@ -4,11 +4,11 @@
     python tests/kill_loop.py --kills 5 --only soft_dqn   whatever has that in its name
 
 Real processes at tiny settings. A life begins when the process says that it writes or resumes a run
-and ends after a random time, or as soon as a save is seen in its files. After every kill the files
-must be fit to go on from; in the end every row is there once, the counters are right, and where all
-resumptions were from periodic saves the rows, the network and the optimizer are those of one
-unbroken run, bit for bit. What is called "rolling" also saves by the clock: there all but the last
-holds. test_faults.py runs three kills of it.
+and ends a few rows and a moment later, or as soon as a save is then seen in its files. After every
+kill the files must be fit to go on from; in the end every row is there once, the counters are
+right, and where all resumptions were from periodic saves the rows, the network and the optimizer
+are those of one unbroken run, bit for bit. What is called "rolling" also saves by the clock: there
+all but the last holds. test_faults.py runs three kills of it.
 """
 import argparse
 import csv
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 from test_run import OWN, equal, rows
 
-TOTAL, LOG, EVAL, SAVE, N = 1200, 70, 350, 100, 2  # agent steps, agent steps, ..., environments
+TOTAL, LOG, EVAL, SAVE, N = 1200, 30, 350, 100, 2  # agent steps, agent steps, ..., environments
 FLAGS = dict(env_id="ALE/Breakout-v5", num_envs=N, total_timesteps=TOTAL, log_every=LOG,
              eval_every=EVAL, eval_episodes=2, checkpoint_every=SAVE, max_episode_frames=120,
              save_minutes=0.0, device="cpu", threads=1)
@@ -101,15 +101,24 @@ class Victim:
         return True
 
     def wait(self, process, stale):
-        """Until a random instant, or until a save is seen and a moment more."""
-        until = time.monotonic() + self.rng.uniform(0, 2)
-        if in_save := self.rng.random() < 0.5:
-            least, until = time.monotonic() + self.rng.uniform(0, 1), time.monotonic() + 60
-        while time.monotonic() < until and process.poll() is None:
-            if in_save and time.monotonic() > least and self.unfinished() - stale:
-                time.sleep(self.rng.choice((0, 0.001, 0.003, 0.01)))
-                return
+        """Until some rows more and a moment later, or until a save is then seen.
+
+        Only one new run in five is killed before its first checkpoint.
+        """
+        early, more = self.rng.random() < 0.2, self.rng.randint(0, 4)
+        in_save, moment = self.rng.random() < 0.5, self.rng.random() / 5
+        while not early and process.poll() is None and not (self.run / "checkpoint.pt").exists():
             time.sleep(0.001)
+        until = self.written() + more
+        while process.poll() is None and self.written() < until:
+            time.sleep(0.001)
+        while in_save and process.poll() is None and not self.unfinished() - stale:
+            time.sleep(0.001)
+        time.sleep(moment / 20 if in_save else moment)
+
+    def written(self):
+        """Rows of metrics.csv, and a line for its header."""
+        return (self.run / "metrics.csv").read_bytes().count(b"\n")
 
     def unfinished(self):
         """What a save in progress, or one that was killed, has in the folder."""
@@ -199,13 +208,13 @@ def main():
     import torch
     torch.set_num_threads(1)
     cases, failed = [case for case in CASES if args.only in case], False
-    print(f"{'case':32} kills  in a save  resumed  fresh  runs  verdict", flush=True)
+    print(f"{'case':32} kills  in a save  resumed  afresh  runs  verdict", flush=True)
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 counts = kill_loop(case, -(-args.kills // len(cases)), folder, args.seed)
                 kills, in_save, resumed, fresh, runs = counts
-                print(f"{case:32} {kills:5}  {in_save:9}  {resumed:7}  {fresh:5}  {runs:4}  ok",
+                print(f"{case:32} {kills:5}  {in_save:9}  {resumed:7}  {fresh:6}  {runs:4}  ok",
                       flush=True)
             except Exception as e:
                 failed = True

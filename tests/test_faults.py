@@ -24,11 +24,25 @@ from kill_loop import kill_loop
 from test_run import alone, checkpoint, equal, resumed, rows, small, tiny, train_until
 
 
+@pytest.fixture(autouse=True)
+def no_survivors(monkeypatch):
+    """Ends the processes that a failed test left running."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or
+                        started[-1])
+    yield
+    for process in started:
+        process.kill()
+
+
+SEED = 295  # with it the loop lets each of these make a checkpoint and a row behind it first
+
+
 @pytest.mark.parametrize("case", ["a2c_proper", "natural_pg_damped", "soft_dqn --save-replay"])
 def test_killed_at_a_random_instant_and_resumed(case, tmp_path):
     """Real processes; `python tests/kill_loop.py --kills 100` for many more."""
-    kills, _, resumed, fresh, runs = kill_loop(case, 1, tmp_path, total_timesteps=500)
-    assert kills == resumed + fresh == 1 == runs
+    kills, _, resumed, afresh, runs = kill_loop(case, 1, tmp_path, SEED, total_timesteps=300)
+    assert (kills, resumed, afresh, runs) == (1, 1, 0, 1)
 
 
 # --- signals, real processes ---
@@ -62,7 +76,7 @@ def stopped(process, code, number):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_the_run(script, tmp_path, number, code):
-    """SIGINT in training; SIGTERM in an evaluation, twice at once, as the program timeout sends it.
+    """SIGINT in training, SIGTERM in an evaluation.
 
     What is resumed from such a save is deterministic.
     """
@@ -72,9 +86,6 @@ def test_a_signal_saves_and_ends_the_run(script, tmp_path, number, code):
     folder = wait_for(process, lambda: logged(tmp_path / "x", 4))  # at step 200
     time.sleep(0.3)
     process.send_signal(number)
-    if number == signal.SIGTERM:
-        time.sleep(0.02)
-        process.send_signal(number)
     out = stopped(process, code, number)
     state = checkpoint(script, folder)
     last = f"stopped at step {state['step']:,}; go on with --resume runs/{folder.name}"
@@ -166,12 +177,16 @@ def test_a_closed_terminal_saves_and_ends_the_run(shared, tmp_path):
     assert checkpoint(shared, folder)["step"] > 0 and not (folder / "checkpoint.new").exists()
 
 
-def test_nohup_is_respected(shared, tmp_path, monkeypatch):
-    """A SIGHUP that was ignored when the run began stays ignored; else it ends the run."""
-    goes_on = shared.Run.goes_on
+def test_nohup_is_respected_and_a_signal_may_come_twice(shared, tmp_path, monkeypatch):
+    """A SIGHUP that was ignored when the run began stays ignored; else it ends the run.
+
+    That it comes twice at once, as from a closing terminal or the program timeout, is one signal.
+    """
+    goes_on, passed = shared.Run.goes_on, []
 
     def hung_up(self, *act):
         if self.step == 50:
+            os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)
         return goes_on(self, *act)
 
@@ -180,10 +195,12 @@ def test_nohup_is_respected(shared, tmp_path, monkeypatch):
     try:
         assert shared.train(tiny(shared, tmp_path / "a", total_timesteps=100))["step"] == 100
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, lambda number, _: passed.append(number))
         with pytest.raises(SystemExit) as stop:
             shared.train(tiny(shared, tmp_path / "b"))
-        assert stop.value.code == 129 and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        assert stop.value.code == 129 and not passed
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert passed == [signal.SIGHUP]  # the handler from before is back
     finally:
         signal.signal(signal.SIGHUP, before)
 
