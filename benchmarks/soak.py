@@ -6,7 +6,8 @@
 Starts a command, looks at its process every ten seconds, and stops it with SIGTERM after the time,
 so that it saves and can be resumed. The samples go to --csv. The report fits a line to the resident
 memory after the first third, when caches have filled, and compares the last third with the middle.
-CPU seconds per step tell a slower program from a busier machine, which steps/s do not.
+CPU seconds per step tell a slower program from a busier machine, which steps/s do not. Needs the
+extra "bench".
 """
 import csv
 import dataclasses

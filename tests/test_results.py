@@ -141,8 +141,7 @@ def measured(name):
 @pytest.mark.parametrize("name", ["a2c_cpu", "dqn_cpu", "scaling_cpu"])
 def test_throughput_tables_are_those_of_the_committed_measurements(name):
     """Every line that the benchmark would print of them stands in benchmarks/README.md."""
-    spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks/throughput.py")
-    spec.loader.exec_module(throughput := importlib.util.module_from_spec(spec))
+    throughput = loaded("throughput")
     text = (ROOT / "benchmarks" / "README.md").read_text()
     rows = measured(name)
     for N in {row["num_envs"] for row in rows}:
@@ -162,3 +161,47 @@ def test_speeds_that_the_readme_quotes_are_the_measured_ones():
                           r"\(([\d.]+) to ([\d.]+)", text).groups()
         assert int(found[0]) == round(statistics.median(speed[ours]))
         assert [float(x) for x in found[1:]] == [round(x, 2) for x in (median, least, most)]
+
+
+def test_the_results_page_says_what_is_covered():
+    """Of each figure the sentence that its table of scores begins with, and every folder."""
+    text = (ROOT / "results" / "README.md").read_text()
+    drawn = sorted((ROOT / "results" / "paper").glob("scores?.md"))
+    for path in drawn:
+        sentence = path.read_text().splitlines()[0]
+        assert sentence.startswith("Of the ") and sentence in " ".join(text.split()), path.name
+        assert f"(paper/figure{path.stem[-1]}.png)" in text and f"(paper/{path.name})" in text
+    assert drawn
+    for folder in (p for p in (ROOT / "results").iterdir() if p.is_dir()):
+        assert f"({folder.name})" in text, folder.name
+
+
+def loaded(name):
+    """A file of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_the_soak_table_is_that_of_the_committed_samples():
+    pytest.importorskip("psutil")
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    paths = sorted((ROOT / "results" / "soak").glob("*.csv"))
+    assert {path.stem for path in paths} == {path.stem for path in ROOT.glob("*.py")}
+    for line in loaded("soak").report(paths):
+        assert line in text, line
+
+
+def test_a_soak_report_tells_a_leak_from_noise(tmp_path):
+    """60 MiB an hour, and a program that takes twice the work in its last third."""
+    pytest.importorskip("psutil")
+    lines = ["seconds,rss_mib,files,threads,cpu_s,step"]
+    cpu, step = 0.0, 0
+    for t in range(0, 1801, 10):
+        lines.append(f"{t},{400 + t / 60 + t % 20 / 10},4,3,{cpu},{step}")
+        cpu, step = cpu + 10, step + (2000 if t > 1200 else 4000)
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    row = list(loaded("soak").report([tmp_path / "a.csv"]))[-1].split(" | ")
+    assert 58 < float(row[3]) < 62 and row[4:6] == ["4", "3"]
+    assert float(row[6]) == pytest.approx(0.5, abs=0.02)
+    assert float(row[7].split()[0]) == pytest.approx(2, abs=0.05)
