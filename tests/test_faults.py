@@ -145,7 +145,8 @@ def test_a_second_signal_acts_at_once(shared, tmp_path, number, code):
     env = os.environ | dict(PYTHONPATH=str(Path(shared.__file__).parent))
     process = subprocess.Popen([sys.executable, "slow.py", *small(shared), *FOREVER], env=env,
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+                               text=True,  # whose SIGINT pytest, in the background, may ignore
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = wait_for(process, lambda: logged(tmp_path, 3))
     (tmp_path / "slow").touch()
     wait_for(process, (tmp_path / "asleep").exists)
