@@ -705,7 +705,7 @@ class Run:
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                     self.handlers[number] = signal.signal(number, self.on_signal)
 
     def close(self):
