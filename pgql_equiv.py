@@ -1143,7 +1143,7 @@ def provenance(device, args):
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "gymnasium>=1.1", "ale-py>=0.12.1", "numpy>=1.26", "tyro>=0.9"]
+# dependencies = ["torch>=2.4", "gymnasium>=1.1", "ale-py>=0.12.1", "numpy>=1.26", "tyro>=0.9.1"]
 # ///
 if __name__ == "__main__":
     main(Args, train, __doc__)

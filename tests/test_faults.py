@@ -163,12 +163,16 @@ def test_a_second_signal_acts_at_once(shared, tmp_path, number, code):
 
 def test_a_closed_terminal_saves_and_ends_the_run(shared, tmp_path):
     """SIGHUP from the terminal, and nothing can be printed any more."""
+    def in_a_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     master, slave = pty.openpty()
     shutil.copy(shared.__file__, tmp_path)
     process = subprocess.Popen(
         [sys.executable, "a2c_proper.py", *small(shared), *FOREVER], cwd=tmp_path,
         stdin=slave, stdout=slave, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        preexec_fn=in_a_terminal)
     os.close(slave)
     folder = wait_for(process, lambda: logged(tmp_path, 1))
     os.close(master)

@@ -307,8 +307,6 @@ def test_a_copied_file_trains_resumes_and_evaluates_alone(script, tmp_path):
     assert "resumes" in out.communicate()[0] and rows(folder)[-1]["step"] == "400"
     out = alone(script, tmp_path / "x", "--evaluate", str(folder)).communicate()[0]
     assert "evaluation at step 400" in out
-    out = alone(script, tmp_path / "x", "--help").communicate()[0]
-    assert "--total-timesteps" in out and "agent steps over all environments" in out
 
 
 def test_time_limit_inside_training_bootstraps_from_the_last_observation(a2c, tmp_path,
