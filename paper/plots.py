@@ -19,7 +19,7 @@ GRIDS = json.loads(Path(__file__).with_name("grids.json").read_text())
 RESULTS = ROOT / "results" / "paper"
 # told apart by brightness and dashes, too, where colours are lost
 STYLES = [("#1f3f7f", "-"), ("#d95f02", "--"), ("#3a9c6b", "-."), ("#a9446f", ":"),
-          ("#7a7a7a", (0, (5, 1, 1, 1, 1, 1))), ("#c9a227", (0, (1, 1)))]
+          ("#7a7a7a", (0, (5, 1, 1, 1, 1, 1))), ("#c9a227", (0, (9, 3)))]
 POINTS = 201  # of a drawn curve
 RESAMPLES = 10_000  # of the bootstrap
 
@@ -112,8 +112,8 @@ def score_table(figure, rows):
     grid = GRIDS["figures"][figure]
     sources = GRIDS["published"][grid["published"]]
     yield (f"Of the {len(grid['arms']) * len(GRIDS['games']) * grid['seeds']} runs of "
-           f"{exact(grid['frames'])} frames, {sum(int(row['seeds']) for row in rows)} have begun "
-           f"and {complete(rows)} are complete.")
+           f"{exact(grid['frames'])} frames: begun {sum(int(row['seeds']) for row in rows)}, "
+           f"complete {complete(rows)}.")
     yield ""
     yield ("| game | arm | seeds | frames (decays over) | final score | deviation over seeds "
            "| 95% interval | " + " | ".join(f"[{i}]" for i in range(1, len(sources) + 1)) + " |")
@@ -161,10 +161,11 @@ def picture(figure, rows):
         for arm, horizon in lines:
             x, mean, std = np.array(lines[arm, horizon]).T
             color, dashes = STYLES[list(grid["arms"]).index(arm)]
-            ax.plot(x / 1e6, mean, color=color, ls=dashes, lw=1.6, label=arm)
+            ax.plot(x / 1e6, mean, color=color, ls=dashes, lw=1.6, label=arm,
+                    marker="o" if len(x) == 1 else None)  # a line of one point is not seen
             ax.fill_between(x / 1e6, mean - std, mean + std, color=color, alpha=0.2, lw=0)
         ax.set(title=game, xlabel="million frames")
-        ax.margins(x=0)
+        ax.set_xlim(left=0)
     for ax in axes.flat[len(games):]:
         ax.set_visible(False)
     axes[0, 0].set_ylabel("evaluation score")

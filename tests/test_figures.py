@@ -358,7 +358,7 @@ def test_curves_are_means_over_the_seeds_that_came_that_far(tmp_path):
     assert float(score["std"]) == pytest.approx(np.std([20, 14], ddof=1), rel=1e-5)
     assert (score["low"], score["high"]) == ("14", "20")
     text = "\n".join(plots.score_table("1", [score]))
-    assert "Of the 36 runs of 320M frames, 2 have begun and 0 are complete." in text
+    assert "Of the 36 runs of 320M frames: begun 2, complete 0." in text
     assert "| Pong | A2C | 2 of 3 | 800 (320M) | 17.0 | 4.2 | 14.0 to 20.0 | 19.7 | 17.3 |" in text
 
 
