@@ -205,3 +205,12 @@ def test_a_soak_report_tells_a_leak_from_noise(tmp_path):
     assert 58 < float(row[3]) < 62 and row[4:6] == ["4", "3"]
     assert float(row[6]) == pytest.approx(0.5, abs=0.02)
     assert float(row[7].split()[0]) == pytest.approx(2, abs=0.05)
+
+
+def test_kills_that_the_readme_counts_are_in_the_committed_table():
+    table = (ROOT / "results" / "kills" / "kill_loop.txt").read_text().splitlines()
+    rows = [re.split(r"  +", line) for line in table if line.endswith("  ok")]
+    assert len(rows) == len(table) - 3, "command, machine and header; all others are ok"
+    kills, in_a_save = (sum(int(row[i]) for row in rows) for i in (1, 2))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"of {kills} kills, {in_a_save} of them while a save was being written" in text
