@@ -54,7 +54,7 @@ ARMS = {
     "pgql_pg": Arm("pgql_equiv.py", 300_000, 3, ("--update", "pg")),
     "pgql_ql": Arm("pgql_equiv.py", 300_000, 3, ("--update", "ql")),
     "natural": Arm("natural_pg_damped.py", 300_000, 3),
-    "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 2, (*HARD, *SHORT_DQN), 25_000),
+    "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 3, (*HARD, *SHORT_DQN), 25_000),
     "soft_dqn_entropy": Arm("soft_dqn.py", 100_000, 2, (*SOFT, *SHORT_DQN), 25_000),
 }
 
