@@ -147,7 +147,7 @@ def train(args):
     """Trains until args.total_timesteps, or with args.evaluate only evaluates; returns statistics.
 
     Raises Refused on flags that make no sense or a checkpoint that does not fit, FloatingPointError
-    if losses are not finite, SystemExit after a save if SIGINT or SIGTERM comes.
+    if losses are not finite, OSError if the last save fails, SystemExit after it on a signal.
     """
     with closing(Run(args, LIMITS)) as run:
         args, device, T, N = run.args, run.device, run.args.num_steps, run.args.num_envs

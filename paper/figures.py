@@ -389,7 +389,7 @@ def active(cell):
     return log.exists() and time.time() - log.stat().st_mtime < LATELY
 
 
-def table(grid, states, jobs, now=None):
+def table(grid, states, jobs):
     """The lines of the progress table: a row for each arm and game, a line for all of it."""
     rows, left, speeds = {}, [], {}
     for cell in grid:
@@ -464,9 +464,8 @@ def figure(args, extra=()):
     if drawn and not importlib.util.find_spec("matplotlib"):  # said before days of work
         raise Refused("drawing needs the package: pip install -e '.[plot]'")
     if args.dry_run:
-        device = args.device if args.device != "auto" else "auto"
         for cell in grid:
-            print("python", shlex.join(command_of(cell, args.threads, device)))
+            print("python", shlex.join(command_of(cell, args.threads, args.device)))
         return {}
     states = {cell: "done" if finished(cell) else "not done" for cell in grid}
     todo = [cell for cell in grid if states[cell] != "done"]
