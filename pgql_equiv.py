@@ -1,47 +1,27 @@
 """One network, one batch, two update rules: policy gradient and soft Q-learning, compared.
 
-Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
-         arXiv:1704.06440, sections 4 and 6.3, Figure 3. Equations 21, 44, 46, 47, 54-65, 84-86;
-         46, 54, 60, 63, 64 and the 1/gamma of section 6.3 are misprinted in the text and stand
-         here corrected. The two gradients are equal on average over actions, not on a batch.
-Train:   python pgql_equiv.py --update ql --env-id ALE/Pong-v5 --total-timesteps 10000000
-Arms:    the two of Figure 3: --update pg and --update ql;
-         section 4 as it stands: --update ql --parameterization q --vf-coef theory
-Resume:  python pgql_equiv.py --resume runs/Pong__pgql_equiv__seed1__20260101-120000
-Score:   python pgql_equiv.py --evaluate runs/Pong__pgql_equiv__seed1__20260101-120000
-Expect:  Pong 17 to 20 then, as published for A2C; README.md has what was measured with this file.
-
-Shapes:  T steps of N environments, A actions. s_t is a stack of 4 frames, 84 x 84, uint8.
-Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
-         Delta_t the n-step advantage, V_hat_t the target of V, y_t that of Q, c the weight of V.
+  Paper:   Schulman, Chen, Abbeel (2017), Equivalence Between Policy Gradients and Soft Q-Learning,
+           arXiv:1704.06440, sections 4 and 6.3, Figure 3. Equations 21, 44, 46, 47, 54-65, 84-86;
+           46, 54, 60, 63, 64 and the 1/gamma of section 6.3 are misprinted in the text and stand
+           here corrected. The two gradients are equal on average over actions, not on a batch.
+  Train:   python pgql_equiv.py --env-id ALE/Pong-v5 --total-timesteps 10000000
+  Expect:  17 to 20 then, as published for A2C; README.md has what was measured with this file.
+  Arms:    --update pg or ql: Figure 3; --parameterization q --vf-coef theory: section 4 as it is.
+  Resume:  python pgql_equiv.py --resume runs/Pong__pgql_equiv__seed1__20260101-120000
+  Shapes:  T steps of N environments, A actions. s_t is a stack of 4 frames, 84 x 84, uint8.
+  Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
+           Delta_t the n-step advantage, V_hat_t the target of V, y_t that of Q, c the weight of V.
 """
-import csv
-import dataclasses
-import difflib
-import errno
-import fcntl
-import importlib.util
-import io
 import json
 import math
 import os
-import platform
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-from contextlib import closing, redirect_stderr, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
-
-# === shared: waiting threads ===
-# Before torch is imported. By default its idle threads spin, which takes the cores from the
-# emulator and from other programs: on a busy machine a run then nearly stands still.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# === end shared ===
+from subprocess import getoutput as sh
+from typing import Literal, NamedTuple
 
 import ale_py
 import gymnasium as gym
@@ -50,28 +30,14 @@ import torch
 import tyro
 from torch import nn
 
-
 # === the paper ===
-class Rollout(NamedTuple):
-    """What n = T steps of N environments leave behind, as tensors on the device."""
-
-    obs: torch.Tensor  # (T+1, N, 4, 84, 84) uint8, s_t; the last one is s_{t+n}
-    a: torch.Tensor  # (T, N) int64, a_t ~ pi_theta(. | s_t), or the averages differ
-    r: torch.Tensor  # (T, N) r_t, clipped to -1, 0, 1
-    terminated: torch.Tensor  # (T, N) 1 where a life or the game was lost: nothing follows, else 0
-    truncated: torch.Tensor  # (T, N) 1 where the time limit cut the game, else 0
-    V_final: torch.Tensor  # (T, N) V(the last observation of the cut game) where truncated, else 0
-
-
 class Samples(NamedTuple):
     """What either rule needs to know of the samples (s_t, a_t); all (T, N)."""
-
     log_pi: torch.Tensor  # log pi(a_t | s_t)
     log_ratio: torch.Tensor  # log pi(a_t | s_t) - log pi_bar(a_t | s_t)
     KL: torch.Tensor  # KL_t = KL[pi || pi_bar](s_t)
     V: torch.Tensor  # V(s_t)
     V_hat: torch.Tensor  # V_hat_t, held fixed
-
 
 def policy_and_value(Q, log_pi_bar, tau):
     """The log pi and V that a Q has, Eq. 55 and 56; (..., A) -> (..., A), (...)."""
@@ -80,55 +46,44 @@ def policy_and_value(Q, log_pi_bar, tau):
     V = top.squeeze(-1) + tau * logits.logsumexp(-1)  # Eq. 55: tau log E_{pi_bar} exp(Q / tau)
     return logits.log_softmax(-1), V  # Eq. 56: pi = pi_bar exp((Q - V) / tau)
 
-
 def kl_divergence(log_pi, log_pi_bar):
     """KL[pi || pi_bar](s), (..., A) -> (...). With log_pi_bar = 0 it is minus the entropy of pi."""
     return (log_pi.exp() * (log_pi - log_pi_bar)).sum(-1)
 
-
-def n_step_returns(r, terminated, truncated, V_final, V_n, gamma):
-    """sum_d gamma^d r_{t+d} + gamma^n V(s_{t+n}) of Eq. 54 for any r; all (T, N), but V_n (N,).
-
-    The sum ends where the game does; where the time limit cut it, V of its last state stands in.
-    """
-    R, returns = V_n, []
+def n_step_returns(r, done, V_n, gamma):
+    """sum_d gamma^d r_{t+d} + gamma^n V(s_{t+n}) of Eq. 54 for any r; r, done (T, N), V_n (N,)."""
+    R, returns = V_n, []  # all sums end with the rollout: n is T at the first step, 1 at the last
     for t in reversed(range(len(r))):
-        R = torch.where(truncated[t] > 0, V_final[t], R)
-        R = r[t] + gamma * (1 - terminated[t]) * R
+        R = r[t] + gamma * (1 - done[t]) * R
         returns.append(R)
     return torch.stack(returns[::-1])
 
+def samples(log_pi, V, a, r, done, V_n, log_pi_bar, tau, gamma):
+    """Samples of a rollout; a_t must be drawn from pi, or the two gradients differ on average.
 
-def samples(log_pi, V, rollout, V_n, log_pi_bar, tau, gamma):
-    """log_pi (T, N, A) and V (T, N) of the network, V_n (N,) -> Samples.
-
-    log_pi_bar (A,) or (): 0 pays the entropy of pi, -log A charges its KL from uniform. Targets and
-    log_ratio both take it from here: log pi alone in place of log_ratio, with targets that charge
-    the KL, would add -c tau log A E[grad V] to the gradient of ql_loss.
+    log_pi (T, N, A) and V (T, N) of s_t; a (T, N) int64; r (T, N) clipped; done (T, N), 1 where
+    nothing follows, else 0; V_n (N,) of s_{t+n}. log_pi_bar (A,) or (): 0 pays the entropy of pi,
+    -log A charges its KL from uniform; then log pi alone in place of log_ratio would be wrong.
     """
-    _, a, r, terminated, truncated, V_final = rollout
-    log_pi_a = log_pi.gather(-1, a.unsqueeze(-1)).squeeze(-1)
-    KL = kl_divergence(log_pi, log_pi_bar)
-    r = r - tau * KL  # the regulariser is in the returns, the live s_t's own included
-    V_hat = n_step_returns(r, terminated, truncated, V_final, V_n, gamma).detach()  # Eq. 54
-    log_ratio = (log_pi - log_pi_bar).gather(-1, a.unsqueeze(-1)).squeeze(-1)
+    log_pi_a = log_pi.gather(-1, a.unsqueeze(-1)).squeeze(-1)  # (T, N) log pi(a_t | s_t)
+    KL = kl_divergence(log_pi, log_pi_bar)  # (T, N) KL_t
+    with torch.no_grad():  # targets are held fixed; they hold every KL_{t+d}, that of s_t too
+        V_hat = n_step_returns(r - tau * KL, done, V_n, gamma)  # Eq. 54
+    log_ratio = (log_pi - log_pi_bar).gather(-1, a.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Samples(log_pi_a, log_ratio, KL, V, V_hat)
-
 
 def pg_loss(x, tau, c):
     """The policy gradient: L of Eq. 86 for each sample, (T, N); as a2c_proper.py."""
-    Delta = (x.V_hat - x.V).detach()
+    Delta = (x.V_hat - x.V).detach()  # Delta_t, held fixed
     L_policy = -x.log_pi * Delta + tau * x.KL  # Eq. 84
     L_value = 0.5 * (x.V - x.V_hat).square()  # Eq. 85
     return L_policy + c * L_value  # Eq. 86
 
-
 def q_error(x, tau):
     """e_t = Q(s_t, a_t) - y_t, Eq. 60 and 61: tau (log_ratio - KL_t) - Delta_t; (T, N)."""
     Q = x.V + tau * x.log_ratio  # Eq. 57
-    y = x.V_hat + tau * x.KL  # Eq. 46, 47: Q(s_t, a_t) is regularised from s_{t+1} on only
+    y = x.V_hat + tau * x.KL  # Eq. 46, 47: Q(s_t, a_t) is regularized from s_{t+1} on only
     return Q - y
-
 
 def ql_loss(x, tau, c):
     """Soft Q-learning: a surrogate, (T, N), whose gradient is e (grad log pi + c grad V).
@@ -140,33 +95,30 @@ def ql_loss(x, tau, c):
     e = q_error(x, tau).detach()
     return e * (x.log_pi + c * x.V)  # Eq. 62, weighted
 
-
 def gap(x, tau, c):
     """(T, N) whose gradient is that of ql_loss minus that of pg_loss, for each sample.
 
-    Rewards, n and Delta have cancelled. Beside the policy gradient it is of order tau. Its mean
-    over a_t ~ pi is 0 for each s_t by itself, as E[log_ratio] = KL, E[grad log pi] = 0 and
+    Rewards, n and Delta have cancelled. It is of order tau, which the policy gradient is not. Its
+    mean over a_t ~ pi is 0 for each s_t by itself, as E[log_ratio] = KL, E[grad log pi] = 0 and
     E[grad log pi log_ratio] = grad KL (Eq. 21): that takes Eq. 62 to 65.
     """
     excess = (x.log_ratio - x.KL).detach()
     return tau * (excess * (x.log_pi + c * x.V) - x.KL)
 
-
-def sample(log_pi, gumbel):
-    """a ~ pi by the Gumbel-max rule, (..., A) -> (...) int64."""
-    return (log_pi + gumbel).argmax(-1)
-
+def sample(log_pi, noise):
+    """a ~ pi by the Gumbel-max rule, (..., A) -> (...) int64; noise ~ Exp(1), (..., A)."""
+    return (log_pi - noise.log()).argmax(-1)
 
 # === flags ===
-@dataclasses.dataclass
+@dataclass
 class Args:
     env_id: str = "ALE/Pong-v5"  # game, ALE/<Game>-v5
     total_timesteps: int = 80_000_000  # agent steps over all environments, 4 frames each
     schedule_timesteps: int = 0  # agent steps until the learning rate is 0; 0: total-timesteps
     update: Literal["pg", "ql"] = "ql"  # policy gradient, Eq. 84-86, or soft Q-learning, Eq. 44
     parameterization: Literal["dueling", "q"] = "dueling"  # pi and V heads, or one Q head (Eq. 55)
-    compare_every: int = 125  # batches between comparisons, 0: none; rows have means
-    tau: float = 0.01  # temperature of the regulariser, in units of clipped reward
+    compare_every: int = 125  # batches between comparisons of the gradients; 0: none
+    tau: float = 0.01  # temperature of the regularizer, in units of clipped reward
     regularizer: Literal["entropy", "kl"] = "entropy"  # log pi_bar = 0, or -log|A| (uniform)
     gamma: float = 0.99  # discount per agent step
     num_envs: int = 16  # environments stepped together (N)
@@ -174,976 +126,355 @@ class Args:
     learning_rate: float = 7e-4  # RMSProp step size at the start, decays linearly
     vf_coef: float | Literal["theory"] = 0.5  # c, weight of value loss or stream; theory: 1/tau
     max_grad_norm: float = 0.5  # largest norm of the gradient, all parameters together
+    save_every: int = 500_000  # agent steps between checkpoints, which restart the games; 0: none
     # === shared: run flags ===
     seed: int = 1  # network, sampling noise and environments derive from it
     sticky: float = 0.0  # probability that the emulator repeats the last action
-    max_episode_frames: int = 108_000  # time limit of a game, emulator frames
+    max_episode_frames: int = 108_000  # time limit of a game, in emulator frames
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
-    fast: bool = True  # CUDA graphs on a GPU, A2C also without a second pass; --no-fast: plainly
-    log_every: int = 10_000  # agent steps per row of metrics.csv
+    compile: bool = False  # torch.compile for acting and loss, on a GPU with CUDA graphs
+    log_every: int = 10_000  # agent steps between rows of metrics.csv
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
-    eval_episodes: int = 20  # full games per evaluation; 0: none
-    checkpoint_every: int = 2_000_000  # agent steps between saves that restart the games; 0: none
-    save_minutes: float = 10.0  # wall time between saves that leave the games alone; 0: none
-    resume: str = ""  # run folder or checkpoint to go on from, with the flags it was started with
-    evaluate: str = ""  # run folder or checkpoint to play --eval-episodes games with, no training
+    eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
+    resume: str = ""  # folder of a run to go on from, with the flags that it was started with
+    evaluate: str = ""  # folder of a run whose policy plays --eval-games games, without training
     runs_dir: str = "runs"  # where a new run makes its folder
     tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+
+    def __post_init__(self):
+        self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        for name, value in vars(self).items():
+            zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
+            low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
+            if not isinstance(value, str) and not low <= value <= high:  # NaN fails this too
+                raise ValueError(f"--{name.replace('_', '-')} {value}: it takes {low} to {high}")
     # === end shared ===
 
-
-LIMITS = dict(total_timesteps=(1, 1e12), schedule_timesteps=(0, 1e12), tau=(0, 1e6), gamma=(0, 1),
-              num_envs=(1, 1024), num_steps=(1, 1000), learning_rate=(0, 1e6), vf_coef=(0, 1e6),
-              max_grad_norm=(1e-12, 1e12), compare_every=(0, 1e12))
-COMPARED = "cosine", "norm_ratio", "gap", "gap_predicted", "gap_error"  # in metrics.csv
-
-
 # === algorithm ===
+COMPARED = "cosine", "norm_ratio", "gap", "gap_predicted", "gap_error"  # NaN in a row with none
+
 def train(args):
-    """Trains until args.total_timesteps, or with args.evaluate only evaluates; returns statistics.
+    """Trains for args.total_timesteps agent steps, or with args.evaluate only plays.
 
-    Raises Refused on flags that make no sense or a checkpoint that does not fit, FloatingPointError
-    if losses are not finite, OSError if the last save fails, SystemExit after it on a signal.
+    Raises FloatingPointError if losses, gradients or parameters are not finite.
     """
-    with closing(Run(args, check_flags(args))) as run:
-        args, device, T, N = run.args, run.device, run.args.num_steps, run.args.num_envs
-        envs = Atari(args, N)
-        A = envs.n_actions
-        constant = {"entropy": 0.0, "kl": -math.log(A)}[args.regularizer]
-        log_pi_bar = torch.full((A,), constant, device=device)  # alone decides the convention
-        dueling = args.parameterization == "dueling"
-        net = ActorCritic(A) if dueling else SoftQ(A, log_pi_bar, args.tau)
-        net = net.to(device, memory_format=torch.channels_last)
-        optimizer = RMSpropTF(net.parameters(), torch.tensor(args.learning_rate, device=device))
-        noise = torch.Generator(device)
-        c = 1 / args.tau if args.vf_coef == "theory" else args.vf_coef
-        K, zero = args.compare_every, torch.zeros((), device=device)
-        nothing = dict.fromkeys(("compared", *COMPARED), zero)
+    if args.tau == 0 and args.vf_coef == "theory":
+        raise ValueError("--tau 0: --vf-coef theory divides by it")
+    if args.tau == 0 and args.parameterization == "q":
+        raise ValueError("--tau 0: --parameterization q divides by it")
+    c = 1 / args.tau if args.vf_coef == "theory" else args.vf_coef
+    rule = {"pg": pg_loss, "ql": ql_loss}[args.update]
+    torch.manual_seed(args.seed)
+    device, T, N = torch.device(args.device), args.num_steps, args.num_envs
+    envs = Atari(args, N)
+    A = envs.n_actions
+    log_pi_bar = {"entropy": 0.0, "kl": -math.log(A)}[args.regularizer]  # decides the convention
+    net = ActorCritic(A) if args.parameterization == "dueling" else SoftQ(A, log_pi_bar, args.tau)
+    net = net.to(device, memory_format=torch.channels_last)
+    optimizer = RMSpropTF(net.parameters(), args.learning_rate)
 
-        @torch.no_grad()
-        def act(obs, generator):  # (N, 4, 84, 84) -> (N,)
-            return sample(net(obs)[0], gumbel_noise((len(obs), A), generator))
+    @torch.no_grad()
+    def act(obs, noise):  # (N, 4, 84, 84), (N, A) -> (N,)
+        return sample(net(obs)[0], noise)
 
-        run.restore(net=net, optimizer=optimizer)
-        if args.evaluate:
-            return run.evaluate(act, "sampled from pi")
+    def forward(obs, a, r, done, s_n, dtype=torch.float32):
+        with torch.no_grad():
+            _, V_n = net(s_n)  # (N,) V(s_{t+n})
+        log_pi, V = [y.to(dtype) for y in net(obs)]  # (T, N, A), (T, N)
+        return samples(log_pi, V, a, r, done, V_n, log_pi_bar, args.tau, args.gamma)
 
-        # all of these stay where they are, as a CUDA graph demands
-        obs = torch.zeros((T + 1, N, *OBS_SHAPE), dtype=torch.uint8, device=device)
-        actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-        facts = torch.zeros((3, T, N), device=device)  # reward, terminated, truncated
-        V_final, gumbel = torch.zeros((T, N), device=device), torch.zeros((T, N, A), device=device)
-        rollout = Rollout(obs, actions, *facts, V_final)
-        screens, outcomes = Pinned(obs), Pinned(facts)
-        host = np.zeros((3, T, N), np.float32)
-        kept = [None] * T if args.fast else None  # activations of the rollout
+    def loss(*batch):
+        x = forward(*batch)
+        L = rule(x, args.tau, c).mean()
+        return L, dict(loss=L, entropy=-x.KL.mean() - log_pi_bar, **statistics(x, args.tau))
 
-        @torch.no_grad()
-        def choose(t):
-            actions[t] = sample(net(obs[t], kept, t)[0], gumbel[t])
+    mode = "reduce-overhead" if device.type == "cuda" else "default"  # the former: CUDA graphs
+    run_act, run_loss = (torch.compile(f, fullgraph=True, mode=mode) if args.compile else f
+                         for f in (act, loss))  # an evaluation, of another batch, keeps act
+    run = Run(args, net=net, optimizer=optimizer)
+    run.evaluate(act)  # with --evaluate, or where a signal had left it
+    s = envs.reset(run.seeds(b"games", N))
+    while run.step < args.total_timesteps and not STOP and not args.evaluate:
+        # rollout: T steps with the current policy
+        torch.manual_seed(run.seeds(b"noise")[0])  # anew, so that there is no state to save
+        steps = []
+        for noise in torch.empty(T, N, A, device=device).exponential_():
+            obs, a = s, run_act(s, noise).clone()  # cloned, as the next call may overwrite it
+            envs.send(a)
+            s, r, terminated, truncated, last = envs.recv()
+            r = r.sign()  # (N,)
+            if last is not None:  # the time limit cut games: s is of new ones, V is paid now
+                r[truncated] += args.gamma * net(last)[1].detach()
+            steps.append((obs, a, r, (terminated | truncated).float()))
+        obs, a, r, done = map(torch.stack, zip(*steps))  # (T, N, 4, 84, 84), then (T, N)
 
-        def update(compared):
-            # targets and loss
-            with torch.no_grad():
-                V_n = net(obs[T])[1]  # (N,) V(s_{t+n})
-            fixed = rollout, V_n, log_pi_bar, args.tau, args.gamma
-            terms = compare(net, obs[:T], fixed, args.tau, c) if compared else nothing
-            x = samples(*net(obs[:T], kept), *fixed)
-            L = {"pg": pg_loss, "ql": ql_loss}[args.update](x, args.tau, c).mean()
+        # a comparison, when due, in passes of its own: without TF32, which leaves a convolution
+        # three digits, and in float64 after the network, as V, when large, takes digits from Q - y
+        compared = []
+        if args.compare_every and (run.step // (T * N) + 1) % args.compare_every == 0:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                x = forward(obs, a, r, done, s, torch.float64)
+                compared = [compare_gradients(x, args.tau, c, [*net.parameters()])]
 
-            # step
-            optimizer.zero_grad()
-            L.backward()
-            norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
-            optimizer.step(torch.isfinite(L) & torch.isfinite(norm))
-            return dict(loss=L, **statistics(x, args.tau), grad_norm=norm) | terms
+        # targets, loss, step
+        L, terms = run_loss(obs, a, r, done, s)
+        optimizer.zero_grad()
+        L.backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+        lr = args.learning_rate * max(0.0, 1 - run.step / args.schedule_timesteps)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        run.step += T * N
 
-        choose = captured(choose, args, device)
-        update = captured(update, args, device, net, optimizer)
-        screens.send(T, envs.reset(seeds(args.seed, run.step, "training", N)))
-
-        while run.goes_on(act, "sampled from pi"):
-            # rollout: n steps with the current policy, for either rule
-            obs[0] = obs[T]
-            noise.manual_seed(int(seeds(args.seed, run.step, "noise", 1)[0]))  # no state to save
-            gumbel.copy_(gumbel_noise((T, N, A), noise))
-            V_final.zero_()
-            for t in range(T):
-                choose(t)
-                s, reward, terminated, truncated, final_s = envs.step(actions[t].cpu().numpy())
-                screens.send(t + 1, s)
-                host[:, t] = np.sign(reward), terminated, truncated
-                if truncated.any():  # rare; s already is the next game's, final_s the cut game's
-                    cut = torch.from_numpy(truncated).to(device)
-                    with torch.no_grad():
-                        V_final[t, cut] = net(torch.from_numpy(final_s).to(device)[cut])[1]
-                run.count_games(envs.ended)
-            outcomes.send(slice(None), host)
-
-            # targets, loss, step; at times a comparison, on passes of its own
-            lr = args.learning_rate * max(0.0, 1 - run.step / args.schedule_timesteps)
-            optimizer.param_groups[0]["lr"].fill_(lr)
-            run.count(update(bool(K) and (run.step // (T * N) + 1) % K == 0))
-            run.step += T * N
-
-            # log, save
-            if run.due("log"):
-                run.log(dict(row_of(run.means(), constant, A), learning_rate=lr))
-            if run.due("checkpoint"):  # new games, so that a resumed run equals an unbroken one
-                run.save(restarts=True)
-                screens.send(T, envs.reset(seeds(args.seed, run.step, "training", N)))
-        return run.finish()
-
+        # log, evaluate, save, each when it is due
+        run.log(envs, dict(terms, grad_norm=norm), *compared, learning_rate=lr,
+                **dict.fromkeys(COMPARED, math.nan))
+        run.evaluate(act)
+        if run.save():  # new games, so that a resumed run equals an unbroken one
+            s = envs.reset(run.seeds(b"games", N))
 
 @torch.no_grad()
 def statistics(x, tau):
     """Means over a batch for metrics.csv, the same under either rule."""
-    Delta = x.V_hat - x.V
-    terms = dict(policy_loss=pg_loss(x, tau, 0.0), value_loss=0.5 * Delta.square(),
-                 q_loss=0.5 * q_error(x, tau).square(), KL=x.KL, V=x.V, V_hat=x.V_hat,
-                 V_hat_sq=x.V_hat.square(), Delta=Delta, Delta_sq=Delta.square())
+    terms = dict(policy_loss=pg_loss(x, tau, 0.0), value_loss=0.5 * (x.V - x.V_hat).square(),
+                 q_loss=0.5 * q_error(x, tau).square(), KL=x.KL, V=x.V, V_hat=x.V_hat)
     return {name: term.mean() for name, term in terms.items()}
-
-
-def row_of(means, constant, A):
-    """The means over a row's updates as what metrics.csv says of them; constant is log pi_bar."""
-    share = means.pop("compared")
-    row = means | {k: means[k] / share if share else math.nan for k in COMPARED}
-    row["explained_variance"] = explained_variance(row)
-    row["entropy"] = -row.pop("KL") - constant
-    return dict(row, KL_uniform=math.log(A) - row["entropy"])
-
-
-def compare(net, obs, fixed, tau, c):
-    """Compares the gradients on a batch in a pass of its own, so that the update stays as it is.
-
-    Without TF32, in which a GPU would keep three digits of a convolution; and from the network's
-    outputs on in float64, as V, when large, takes digits from Q - y.
-    """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        x = samples(*(y.double() for y in net(obs)), *fixed)
-        compared = compare_gradients(x, tau, c, net.parameters())
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
-    return dict(compared=torch.ones_like(compared["gap"]), **compared)
-
 
 def compare_gradients(x, tau, c, parameters):
     """Both gradients of the batch mean at the same parameters, their gap measured and predicted.
 
     Returns 0-dim tensors; the gaps are norms relative to that of the policy gradient. gap_error,
-    the norm of the difference of the two gaps, is what rounding leaves, some 1e-6 in float32: gap()
-    holds for each sample, whatever policy its action came from.
+    of their difference, is rounding alone: gap() holds for actions from any policy.
     """
-    parameters, gradients = list(parameters), []
-    for loss in (pg_loss, ql_loss, gap):
-        g = torch.autograd.grad(loss(x, tau, c).mean(), parameters, retain_graph=True)
-        gradients.append(torch.cat([part.flatten() for part in g]).double())
-    g_pg, g_ql, predicted = gradients
+    losses = [loss(x, tau, c).mean() for loss in (pg_loss, ql_loss, gap)]
+    gradients = [torch.autograd.grad(L, parameters, retain_graph=True) for L in losses]
+    g_pg, g_ql, predicted = (torch.cat([p.flatten() for p in g]).double() for g in gradients)
     measured, (pg, ql) = g_ql - g_pg, (g.norm().clamp(min=1e-30) for g in (g_pg, g_ql))
     return dict(cosine=g_pg @ g_ql / (pg * ql), norm_ratio=ql / pg, gap=measured.norm() / pg,
                 gap_predicted=predicted.norm() / pg, gap_error=(measured - predicted).norm() / pg)
 
-
-def check_flags(args):
-    """Raises Refused where flags do not go together; returns the limits of those with a number."""
-    for flag, divides in (("--parameterization q", args.parameterization == "q"),
-                          ("--vf-coef theory", args.vf_coef == "theory")):
-        if divides and args.tau < 1e-6:
-            raise Refused(f"--tau {args.tau:g}: {flag} divides by it; use at least 1e-6")
-    return {name: limit for name, limit in LIMITS.items() if getattr(args, name) != "theory"}
-
-
-def gumbel_noise(shape, generator):
-    """Standard Gumbel noise on the generator's device."""
-    noise = torch.empty(shape, device=generator.device)
-    return -noise.exponential_(generator=generator).log()
-
-
-def explained_variance(row):
-    """Takes the moments out of a row of means; returns 1 - Var(V_hat - V) / Var(V_hat), or NaN."""
-    variance = row.pop("V_hat_sq") - row["V_hat"] ** 2
-    residual = row.pop("Delta_sq") - row.pop("Delta") ** 2
-    return 1 - residual / variance if variance > 0 else math.nan
-
-
-# === shared: network ===
-OBS_SHAPE = (4, 84, 84)  # four frames, oldest first
-
-
+# === shared: network and optimizer ===
 class ActorCritic(nn.Module):
-    """Policy and value head on the trunk of Mnih et al. (2015), no padding: 3136 features.
-
-    Orthogonal weights with gain sqrt(2), 1 in both heads, and zero biases, as the authors' A2C.
-    """
-
+    """Policy and value head on the trunk of Mnih et al. (2015), no padding: 3136 features."""
     def __init__(self, n_actions):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(),
-        )
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU())
         self.pi, self.V = nn.Linear(512, n_actions), nn.Linear(512, 1)
-        for layer in (*self.trunk, self.pi, self.V):
-            if hasattr(layer, "weight"):
-                head = layer is self.pi or layer is self.V
-                nn.init.orthogonal_(layer.weight, 1.0 if head else math.sqrt(2))
-                nn.init.zeros_(layer.bias)
+        for layer in (m for m in self.modules() if hasattr(m, "weight")):  # as the authors' A2C
+            nn.init.orthogonal_(layer.weight, 1 if layer in (self.pi, self.V) else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
 
-    def features(self, obs, kept=None, t=None):
-        """obs (..., 4, 84, 84) uint8 -> (..., 512).
-
-        With kept, a list, and t the activations stay in kept[t]. With kept alone they are taken
-        from there, all t after one another, and nothing but the gradient will be computed.
-        """
-        if kept is not None and t is None:
-            h, *after = map(torch.cat, zip(*kept))
-            for layer, y in zip((x for x in self.trunk if hasattr(x, "weight")), after):
-                h = Recalled.apply(h, layer.weight, layer.bias, y, getattr(layer, "stride", None))
-            return h.view(*obs.shape[:-3], 512)
-        # uint8 until here: a quarter of the memory and of the copies. Stacking along a last axis is
-        # channels-last in half the time of .to(memory_format=...).
-        h = torch.stack(obs.flatten(end_dim=-4).unbind(1), -1).permute(0, 3, 1, 2)
-        h = h.float().div_(255)
-        activations = [h]
-        for layer in self.trunk:
-            h = layer(h)
-            activations += [h] if isinstance(layer, nn.ReLU) else []
-        if kept is not None:
-            kept[t] = activations
-        return h.view(*obs.shape[:-3], 512)
-
-    def forward(self, obs, kept=None, t=None):
-        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...); kept as features()."""
-        h = self.features(obs, kept, t)
+    def forward(self, obs):  # (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)
+        x = obs.flatten(end_dim=-4).to(self.V.weight.dtype, memory_format=torch.channels_last)
+        h = self.trunk(x / 255).unflatten(0, obs.shape[:-3])  # (..., 512)
         return self.pi(h).log_softmax(-1), self.V(h).squeeze(-1)
 
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as TensorFlow 1 computed it: mean square from one, epsilon inside the root."""
+    def __init__(self, params, lr, decay=0.99, eps=1e-5):
+        super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
+        for p in self.param_groups[0]["params"]:  # torch's starts at 0: steps 1000 times larger
+            self.state[p]["mean_square"] = torch.ones_like(p)
 
-class Recalled(torch.autograd.Function):
-    """y = relu(layer(x)), computed when acting: forward returns it, backward is autograd's own.
-
-    With the parameters still the same it saves the update a second forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, y, stride):
-        ctx.save_for_backward(x, weight, y)
-        ctx.stride = stride  # None in a fully connected layer
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, y = ctx.saved_tensors
-        dy = torch.ops.aten.threshold_backward(dy, y, 0)
-        if not ctx.stride:
-            return (dy @ weight).view_as(x), dy.T @ x.flatten(1), dy.sum(0), None, None
-        wanted = [ctx.needs_input_grad[0], True, True]
-        gradients = torch.ops.aten.convolution_backward(
-            dy, x, weight, [len(weight)], ctx.stride, [0, 0], [1, 1], False, [0, 0], 1, wanted)
-        return *gradients, None, None
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            mean_square = self.state[p]["mean_square"].lerp_(p.grad.square(), 1 - group["decay"])
+            p.addcdiv_(p.grad, (mean_square + group["eps"]).sqrt_(), value=-group["lr"])
 # === end shared ===
 
-
-# === network of section 4 ===
 class SoftQ(ActorCritic):
-    """One network Q_theta on the same trunk; V and pi follow from it.
-
-    The gain of its head is tau, so that the logits Q / tau, and with them the first policy, are
-    those that ActorCritic has on the same seed.
-    """
-
+    """Section 4: one network Q_theta, which pi and V follow from."""
     def __init__(self, n_actions, log_pi_bar, tau):
         super().__init__(n_actions)
         self.Q, self.log_pi_bar, self.tau = self.pi, log_pi_bar, tau
         del self.pi, self.V
-        self.Q.weight.data.mul_(tau)
+        self.Q.weight.data.mul_(tau)  # so that the first pi is that of ActorCritic on this seed
 
-    def forward(self, obs, kept=None, t=None):
-        """obs (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...); kept as features()."""
-        return policy_and_value(self.Q(self.features(obs, kept, t)), self.log_pi_bar, self.tau)
+    def forward(self, obs):  # (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)
+        x = obs.flatten(end_dim=-4).to(self.Q.weight.dtype, memory_format=torch.channels_last)
+        Q = self.Q(self.trunk(x / 255)).unflatten(0, obs.shape[:-3])  # (..., A)
+        return policy_and_value(Q, self.log_pi_bar, self.tau)
 
-
-# === shared: fast path ===
-def captured(fn, args, device, *changed):
-    """fn as it is, or with --fast on a GPU as CUDA graphs, one for each argument it is called with.
-
-    A graph is one launch in place of hundreds, which at this size take longer than the work itself.
-    fn works on tensors that stay where they are, never looks at a value, and returns nothing or a
-    dict or a tensor, which the next call overwrites. Before a capture it runs three times, on the
-    stream that will capture: libraries set themselves up in their first calls, which may not happen
-    in a capture. The networks and optimizers that fn changes are then put back; they must be named
-    in changed. Whatever else it writes has to come out the same however often it runs.
-    """
-    if not args.fast or device.type != "cuda":
-        return fn
-    state = [x for part in changed for x in tensors_of(part.state_dict())]
-    graphs, stream, pool = {}, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def capture(*key):
-        before = [x.clone() for x in state]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                fn(*key)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        for x, old in zip(state, before):
-            x.copy_(old)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            result = fn(*key)
-        if isinstance(result, dict):  # without what autograd keeps for them
-            result = {name: x.detach() for name, x in result.items()}
-        return graph, result
-
-    def replay(*key):
-        if key not in graphs:
-            graphs[key] = capture(*key)
-        graph, result = graphs[key]
-        graph.replay()
-        return result
-
-    return replay
-
-
-def tensors_of(tree):
-    """The tensors in nested dicts and lists, themselves and not copies."""
-    if isinstance(tree, (dict, list, tuple)):
-        branches = tree.values() if isinstance(tree, dict) else tree
-        return [x for branch in branches for x in tensors_of(branch)]
-    return [tree.detach()] if isinstance(tree, torch.Tensor) else []
-
-
-class Pinned:
-    """Fills a tensor from host arrays; on a GPU from pinned memory, so that the host goes on."""
-
-    def __init__(self, tensor):
-        self.target, self.staging, self.sent = tensor, None, None
-        if tensor.is_cuda:
-            self.staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.sent = torch.cuda.Event()
-
-    def send(self, i, array):
-        """tensor[i] = array"""
-        if self.staging is None:
-            self.target[i] = torch.from_numpy(array)
-            return
-        self.sent.synchronize()  # what was sent before has left the pinned memory
-        self.staging[i] = torch.from_numpy(array)
-        self.target[i].copy_(self.staging[i], non_blocking=True)
-        self.sent.record()
-# === end shared ===
-
-
-# === shared: RMSProp ===
-class RMSpropTF(torch.optim.Optimizer):
-    """RMSProp as TensorFlow 1 computed it: mean square from one, epsilon inside the root.
-
-    torch.optim.RMSprop (from zero, outside) makes the first updates thousands of times larger.
-    lr is a 0-dim tensor, which a captured graph can read anew.
-    """
-
-    def __init__(self, params, lr, decay=0.99, eps=1e-5):
-        super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["mean_square"] = torch.ones_like(p)
-
-    @torch.no_grad()
-    def step(self, finite):
-        """One update, or none where finite, a () bool tensor, is False: the host need not look."""
-        for group in self.param_groups:
-            lr = group["lr"] * finite
-            weight = finite.to(lr.dtype) * (1 - group["decay"])
-            for p in group["params"]:  # in place: new memory costs more than the arithmetic
-                mean_square, g = self.state[p]["mean_square"], p.grad.nan_to_num_(0.0, 0.0, 0.0)
-                mean_square.lerp_(g * g, weight.to(g.dtype))
-                p.sub_((mean_square + group["eps"]).rsqrt_().mul_(g).mul_(lr))
-# === end shared ===
-
-
-# === shared: environment ===
-FRAME_SKIP = 4
-
-
-def seeds(seed, step, purpose, n):
-    """(n,) seeds for a user's seed, an agent step and a purpose. (seed + k would share most.)"""
-    purpose = ("training", "evaluation", "noise", "evaluation noise", "refill").index(purpose)
-    return np.random.SeedSequence([seed, step, purpose]).generate_state(n) % 2**31
-
+# === shared: environment and run ===
+AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"
+FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
+        "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
+STOP = []  # signals that asked the run to save and end
+SCRIPT, CHECKPOINT = Path(__file__), f"{Path(__file__).stem}.pt"
 
 class Atari:
-    """Games of one kind, stepped together. A lost life ends the learner's episode, not the game.
-
-    README.md, "The environment", says what each setting does and why it is so.
-    """
-
+    """N games stepped together. A lost life ends the learner's episode, not the game."""
     def __init__(self, args, num_envs):
         self.envs = gym.make_vec(
-            args.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point",
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, num_threads=args.threads,
+            args.env_id, num_envs, "vector_entry_point", num_threads=args.threads,
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, reward_clipping=False,
             max_num_frames_per_episode=args.max_episode_frames,
             repeat_action_probability=args.sticky,  # the emulator's own default is 0.25
-            life_loss_info=True,  # episodic_life=True would restart the game at every lost life
-            reward_clipping=False,  # the learner clips; here the true score would be lost
-        )
-        self.num_envs, self.n_actions = num_envs, int(self.envs.single_action_space.n)
+            life_loss_info=True)  # episodic_life=True would restart the game at every lost life
+        self.n_actions, self.device = int(self.envs.single_action_space.n), args.device
 
     def reset(self, seeds):
         """Starts new games on (N,) seeds; returns obs (N, 4, 84, 84) uint8."""
         obs, info = self.envs.reset(seed=seeds)
-        self.frame, self.score = info["episode_frame_number"], np.zeros(self.num_envs)
-        self.length = np.zeros(self.num_envs, np.int64)
-        return obs
-
-    def step(self, actions):
-        """Takes (N,) ints and returns what recv() does."""
-        self.send(actions)
-        return self.recv()
+        self.frame, self.score, self.length = info["episode_frame_number"], *np.zeros((2, len(obs)))
+        self.ended = []  # games: (environment, score, length in agent steps)
+        return torch.from_numpy(obs).to(self.device)
 
     def send(self, actions):
-        """Starts a step, in threads of the emulator; recv() must follow.
-
-        Raises ValueError on an unknown action: the emulator would hang for good.
-        """
-        if actions.min() < 0 or actions.max() >= self.n_actions:
-            raise ValueError(f"actions {actions} are not all in 0..{self.n_actions - 1}")
+        """Starts a step with (N,) actions, in threads of the emulator; recv() must follow."""
+        actions = actions.cpu().numpy()
+        assert 0 <= actions.min() and actions.max() < self.n_actions  # the emulator would hang
         self.envs.send(actions)
 
     def recv(self):
-        """Ends a step; returns obs, reward, terminated, truncated, final_obs (None if not any).
-
-        Where a game ended, obs is the next one's first, and self.ended lists (index, score, length
-        in agent steps, cut by the time limit). final_obs is valid where truncated, else garbage.
-        """
-        obs, reward, terminated, truncated, info = self.envs.recv()
-        self.score, self.length = self.score + reward, self.length + 1
-        frame = info["episode_frame_number"]  # goes on through a lost life, restarts with the game
-        over, self.frame = truncated | (frame != self.frame + FRAME_SKIP), frame
-        played = zip(range(self.num_envs), self.score, self.length, truncated)
-        self.ended = [game for game in played if over[game[0]]]
+        """Ends a step: obs, r, terminated, truncated (N, ...), final obs of cut games or None."""
+        obs, r, terminated, truncated, info = self.envs.recv()
+        self.score, self.length = self.score + r, self.length + 1
+        frame = info["episode_frame_number"]  # 4 more than before, or a new game has begun
+        over, self.frame = truncated | (frame != self.frame + 4), frame
+        self.ended += [(i, *map(float, (self.score[i], self.length[i]))) for i in over.nonzero()[0]]
         self.score[over], self.length[over] = 0, 0
-        return obs, reward, terminated, truncated, info.get("final_obs")
-
-
-def play_games(act, args, step, device, stopped=lambda: False):
-    """Plays args.eval_episodes full games or a few more: every environment plays equally many.
-
-    act(obs, generator) -> (N,) actions; seeds and noise are evaluation's own. Returns the games as
-    (score, length, cut by the time limit), or None once stopped() is true.
-    """
-    if not args.eval_episodes:
-        return []
-    each = math.ceil(args.eval_episodes / args.num_envs)  # games per environment
-    envs = Atari(args, math.ceil(args.eval_episodes / each))
-    generator = torch.Generator(device)
-    generator.manual_seed(int(seeds(args.seed, step, "evaluation noise", 1)[0]))
-    obs = envs.reset(seeds(args.seed, step, "evaluation", envs.num_envs))
-    games = [[] for _ in obs]
-    while min(map(len, games)) < each:
-        actions = act(torch.from_numpy(obs).to(device), generator)
-        obs = envs.step(actions.cpu().numpy())[0]
-        for i, *game in envs.ended:
-            games[i].append(game)
-        if stopped():
-            return None
-    return [game for played in games for game in played[:each]]
-# === end shared ===
-
-
-# === shared: run ===
-FORMAT = 2  # of checkpoints
-RUN_LIMITS = dict(seed=(0, 2**32 - 1), sticky=(0, 1), threads=(0, 4096), log_every=(1, 1e12),
-                  eval_every=(0, 1e12), eval_episodes=(0, 1e6), checkpoint_every=(0, 1e12),
-                  save_minutes=(0, 1e6), max_episode_frames=(FRAME_SKIP, 1e9))
-NUMBERS = {int: "a whole number", float: "a number"}
-SAMPLE_BYTES = 250_000  # at least, in a pass through the network: 4 screens, widest activations
-FREE_ON_RESUME = {"total_timesteps", "device", "threads", "fast", "eval_every", "eval_episodes",
-                  "eval_epsilon", "save_minutes", "resume", "evaluate", "runs_dir", "tensorboard"}
-KEPT = ("step", "done_at", "games_cut", "games", "last100", "names", "sums", "first_bad",
-        "updates")
-
-
-class Refused(Exception):
-    """What the user can put right, in one sentence; the command line prints it and exits with 2."""
-
-
-def main(Args, train, description):
-    """The command line; on --resume and --evaluate the flags not given are the checkpoint's."""
-    try:
-        description = re.sub(r"\n(?=\w)", "\n\n", description)  # or --help joins its lines
-        args = parse(Args, description=description)
-        if source := args.resume or args.evaluate:
-            try:
-                saved = Args(**read_checkpoint(source)["args"])
-            except (Refused, OSError, TypeError) as e:
-                flag = "--resume" if args.resume else "--evaluate"
-                name = Path(__file__).name
-                raise Refused(f"{flag} {source} is not a run of this {name}: {e}") from e
-            args = parse(Args, description=description, default=saved)
-        train(args)
-    except KeyboardInterrupt:  # before there is a run to save, or a second time
-        sys.exit(128 + signal.SIGINT)
-    except (Refused, FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, Refused) else 1)
-
-
-def parse(Args, **settings):
-    """tyro.cli(Args), with one sentence as Refused where tyro has a box of several lines."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            return tyro.cli(Args, **settings)
-    except SystemExit as e:
-        if e.code and (mistake := mistake_in(sys.argv[1:], Args)):
-            raise Refused(mistake) from None
-        sys.stderr.write(box.getvalue())
-        raise
-
-
-def mistake_in(words, Args):
-    """What is wrong with a command line that tyro refuses, or None if this cannot tell."""
-    kinds = {f.name: f.type for f in dataclasses.fields(Args)}
-    words = [x for word in words for x in word.split("=", 1 if word.startswith("--") else 0)]
-    while words:
-        flag = words.pop(0)
-        name = flag.removeprefix("--").replace("-", "_")
-        if kinds.get(name.removeprefix("no_")) is bool:
-            if words and not words[0].startswith("-"):
-                return f"{flag} {words[0]}: it takes no value; --no- before the name turns it off"
-        elif name not in kinds or not flag.startswith("--"):
-            near = difflib.get_close_matches(name, kinds, 1)
-            hint = f"perhaps you meant {flag_of(near[0])}" if near else "--help lists all of them"
-            return f"{flag} is not a flag of {Path(__file__).name}; {hint}"
-        elif not words or words[0] == "" and kinds[name] is not str:
-            return f"{flag} has no value after it; it takes {allowed(name, kinds[name])}"
-        elif not fits(value := words.pop(0), kinds[name]):
-            return f"{flag} {value} is not {allowed(name, kinds[name])}"
-    return None
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
-def fits(word, kind):
-    """Whether a word of the command line has the type, or is one of the choices, of a flag."""
-    if get_args(kind):
-        return any(fits(word, part) for part in get_args(kind))
-    if kind not in NUMBERS:  # a choice, or str
-        return kind in (word, str)
-    try:
-        kind(word)
-    except ValueError:
-        return False
-    return True
-
-
-def allowed(name, kind):
-    """What a flag takes, in words."""
-    if get_args(kind):
-        return " or ".join(allowed(name, part) for part in get_args(kind))
-    if kind not in NUMBERS:
-        return "a text" if kind is str else kind
-    low, high = (LIMITS | RUN_LIMITS)[name]
-    return f"{NUMBERS[kind]} between {low:,.15g} and {high:,.15g}"
-
-
-def check(args, limits):
-    """Raises Refused on the first flag whose value makes no sense."""
-    kinds = {f.name: f.type for f in dataclasses.fields(args)}
-    for name, (low, high) in limits.items():
-        if not low <= (value := getattr(args, name)) <= high:  # NaN fails this too
-            raise Refused(f"{flag_of(name)} {value} is not {allowed(name, kinds[name])}")
-    games = {k[4:-3].lower(): k for k in gym.registry if k.startswith("ALE/")}
-    if args.env_id not in games.values():
-        name = re.sub(r"(-ram|NoFrameskip|Deterministic)*-v\d+$", "", args.env_id.split("/")[-1])
-        name = name.lower().replace("_", "")
-        near = [name] if name in games else difflib.get_close_matches(name, games, 3)
-        hint = " or ".join(games[k] for k in near) or "an id like ALE/Pong-v5"
-        raise Refused(f"--env-id {args.env_id} is not a game of the emulator; try {hint}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise Refused("--tensorboard needs the package: pip install tensorboard")
-    if args.evaluate and args.resume:
-        raise Refused(f"--evaluate {args.evaluate} goes without --resume {args.resume}")
-    if args.evaluate and not args.eval_episodes:
-        raise Refused("--eval-episodes 0: --evaluate plays at least 1")
-    if hasattr(args, "num_steps"):
-        check_memory(args, f"--num-envs {args.num_envs} with --num-steps {args.num_steps}",
-                     args.num_envs * args.num_steps * SAMPLE_BYTES)
-
-
-def check_memory(args, what, size):
-    """Raises Refused if training needs more bytes than there are."""
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    if not args.evaluate and size > (free := free_bytes(cuda)):
-        raise Refused(f"{what} needs {size / 2**30:.2f} GiB {'of the GPU' if cuda else 'of memory'}"
-                      f", {free / 2**30:.2f} GiB are free")
-
-
-def free_bytes(cuda):
-    """Memory that could be taken now."""
-    if cuda:
-        return torch.cuda.mem_get_info()[0]
-    if Path("/proc/meminfo").exists():  # counts what the page cache would give back
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def read_checkpoint(path, device="cpu"):
-    """The checkpoint at a path, or in the run folder there. Raises Refused if it is of no use."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise Refused(f"there is no checkpoint at {path}")
-    try:  # weights_only: a downloaded checkpoint cannot run code
-        saved = torch.load(path, map_location=device, weights_only=True)
-        script, number, newer = saved["script"], saved["format"], saved["format"] > FORMAT
-    except Exception as e:
-        raise Refused(f"{path} cannot be read as a checkpoint ({type(e).__name__})") from e
-    if script != Path(__file__).stem:
-        raise Refused(f"{path} was made by {script}.py, this is {Path(__file__).name}")
-    if number != FORMAT:
-        raise Refused(f"{path} is from {'a newer' if newer else 'an older'} version of this script "
-                      f"(format {number}, here {FORMAT}); use that, the run's folder has a copy")
-    return dict(saved, path=path.resolve())
-
+        last = info["final_obs"][truncated] if truncated.any() else None  # other rows are garbage
+        arrays = obs, r.astype(np.float32), terminated, truncated, last
+        return [x if x is None else torch.from_numpy(x).to(self.device) for x in arrays]
 
 class Run:
-    """One run: its folder, lock, logs, saves, evaluations and signals. close() it at the end.
-
-    What cannot be written while it trains, on a full disk for example, does not end it: the last
-    checkpoint stands, rows wait in memory, and both are tried again at the next row or save. Only
-    if the last save fails, at the end or on a signal, is that an error.
-    """
-
-    def __init__(self, args, limits):
-        check(args, limits | RUN_LIMITS)
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(auto if args.device == "auto" else args.device)
-        source, horizon = args.resume or args.evaluate, args.schedule_timesteps
-        self.saved = read_checkpoint(source, self.device) if source else {}
-        self.args = dataclasses.replace(args, schedule_timesteps=horizon or args.total_timesteps)
-        self.step = self.updates = self.games_cut = self.signal = 0
-        self.done_at = dict(log=0, eval=0, checkpoint=0)  # agent step of the last one
-        self.last100, self.games = [], []  # (score, length) of 100 games, of those since the row
-        self.names, self.sums, self.first_bad, self.result = [], None, None, {}
-        self.folder = self.lock = self.board = None
-        self.waiting = dict(metrics=[], eval=[])  # rows that are not on the disk yet
-        if threads := args.threads or self.saved.get("threads"):
-            torch.set_num_threads(threads)  # the number of threads decides how sums are rounded
-        torch.manual_seed(args.seed)
-        if not args.evaluate:
-            self.open_folder()
-        self.began = self.saved_at = time.monotonic()
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                    self.handlers[number] = signal.signal(number, self.on_signal)
-
-    def close(self):
-        self.release_signals()
-        for file in filter(None, (self.board, self.lock)):
-            file.close()
-
-    def release_signals(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def on_signal(self, number, _):
-        """The first one is for goes_on(), after the update; one a second later acts at once."""
-        if not self.signal:
-            self.signal, self.signal_at = number, time.monotonic()
-        elif time.monotonic() - self.signal_at > 1:  # `timeout` and terminals send theirs twice
-            self.release_signals()
-            signal.raise_signal(number)
-
-    def open_folder(self):
-        """Makes the run's folder, or reopens it and cuts its logs back to the checkpoint."""
-        args, saved, script = self.args, self.saved, Path(__file__)
-        for name, value in saved.get("args", {}).items():
-            if name not in FREE_ON_RESUME and value != (given := getattr(args, name)):
-                raise Refused(f"--{name.replace('_', '-')} {given}: the run to resume has {value}")
-        if saved and args.total_timesteps < saved["step"]:
-            raise Refused(f"--total-timesteps {args.total_timesteps}: it is at {saved['step']}")
-        game, now = args.env_id.removeprefix("ALE/")[:-3], time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(args.runs_dir) / f"{game}__{script.stem}__seed{args.seed}__{now}"
-        folder = saved["path"].parent if saved else folder
-        while not saved and folder.exists():  # another run began in the same second
-            folder = folder.with_name(folder.name + "b")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(folder / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-            self.logs = {name: folder / f"{name}.csv" for name in self.waiting}
-            sizes = saved["logs"] if saved else dict.fromkeys(self.logs, 0)
-            for name, path in self.logs.items():
-                if (path.stat().st_size if path.exists() else 0) < sizes[name]:
-                    raise Refused(f"{path} is shorter than when the checkpoint was saved")
-            about = f"args-resumed-at-{saved['step']}.json" if saved else "args.json"
-            (folder / about).write_text(json.dumps(provenance(self.device, args), indent=1))
-            if not saved:
-                (folder / script.name).write_bytes(script.read_bytes())
-            if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                purge = saved["step"] + 1 if saved else None
-                self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
-            for name, path in self.logs.items():
-                with open(path, "ab") as f:
-                    f.truncate(sizes[name])
-        except BlockingIOError as e:
-            raise Refused(f"another process is training in {folder}") from e
-        except OSError as e:
-            raise Refused(f"--runs-dir: cannot write to {folder} ({e.strerror})") from e
-        self.folder = folder
-
-    def restore(self, **parts):
-        """Names what a save holds besides the run's own state, and loads all of it if resuming."""
-        self.parts = parts
-        try:
-            for name, part in parts.items() if self.saved else ():
-                part.load_state_dict(self.saved[name])
-        except (KeyError, ValueError, RuntimeError) as e:
-            raise Refused(f"{self.saved['path']} does not fit this script and game") from e
-        vars(self).update((name, self.saved[name]) for name in KEPT if self.saved)
-        self.done_at["checkpoint"] = self.step  # the games restart here
-        self.row_step = self.line_step = self.step
-        self.row_at = self.line_at = time.monotonic()
-        if not self.folder:
+    """A run in its folder. step is in agent steps, parts are the networks, optimizers, ..."""
+    def __init__(self, args, **parts):
+        self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
+        self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
+        self.sizes = {"metrics.csv": 0, "eval.csv": 0}  # of the logs, in bytes
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        name = f"{args.env_id[4:-3]}__{SCRIPT.stem}__seed{args.seed}__%Y%m%d-%H%M%S"
+        self.folder = Path(args.evaluate or args.resume or Path(args.runs_dir, time.strftime(name)))
+        if args.evaluate or args.resume:
+            saved = torch.load(self.folder / CHECKPOINT, args.device, weights_only=True)
+            vars(self).update(saved["counts"])
+            for name, part in parts.items():
+                part.load_state_dict(part.state_dict() | saved[name])
+        self.began = time.monotonic() - self.wall
+        if args.evaluate:
             return
-        args, verb = self.args, "resumes" if self.saved else "writes"
-        say(f"{verb} {self.folder}, device {self.device}")
-        if 0 < args.checkpoint_every < args.max_episode_frames // FRAME_SKIP * args.num_envs:
-            say("warning: --checkpoint-every restarts games before one of full length could end")
-        if args.total_timesteps > args.schedule_timesteps:
-            say(f"warning: schedules end at --schedule-timesteps {args.schedule_timesteps:,}")
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        for log, size in self.sizes.items():  # rows that came after the checkpoint go
+            with open(self.folder / log, "ab") as f:
+                assert f.tell() >= size, f"{f.name} has lost rows"
+                f.truncate(size)
+        about = dict(args=vars(args), command=sys.argv, time=time.ctime(), python=sys.version,
+                     commit=sh(f'git -C "{SCRIPT.parent}" describe --always --dirty'),
+                     hardware=sh("nproc; grep -m1 'model name' /proc/cpuinfo; nvidia-smi -L 2>&-"),
+                     **{m.__name__: m.__version__ for m in (torch, np, gym, ale_py)})
+        (self.folder / f"args{self.step or ''}.json").write_text(json.dumps(about, indent=1))
+        (self.folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
+        if 0 < args.save_every < args.num_envs * args.max_episode_frames // 4:
+            print("warning: --save-every restarts the games before one of full length can end")
+        print(f'{args.total_timesteps:,} agent steps on {args.device}, schedules end at '
+              f'{args.schedule_timesteps:,}; after a stop: --resume "{self.folder}"')
 
-    def save(self, restarts=False, last=False):
-        """Writes checkpoint.pt, whole or not at all; `restarts` says that all games now restart.
-
-        If it cannot be written that is an OSError for the `last` save, else only a warning.
-        """
-        self.check_finite()
-        running = self.step > self.done_at["checkpoint"]  # if resumed from here, games are cut
-        games_cut = self.games_cut + self.args.num_envs * running
-        if restarts:
-            self.games_cut, self.done_at["checkpoint"] = games_cut, self.step
-        state = dict(format=FORMAT, script=Path(__file__).stem, threads=torch.get_num_threads(),
-                     args=vars(self.args) | dict(resume="", evaluate=""), wall=self.wall_time())
-        state |= {name: getattr(self, name) for name in KEPT} | dict(games_cut=games_cut, logs={})
-        new, failed = self.folder / "checkpoint.new", None
-        try:
-            self.write_rows()
-            for name, path in self.logs.items():
-                with open(path, "ab") as f:
-                    os.fsync(f.fileno())  # on the disk before the checkpoint that counts on it
-                    state["logs"][name] = f.tell()
-            state |= {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save(state, data := io.BytesIO())  # to a file it hides what is wrong with that
-            with open(new, "wb") as f:
-                f.write(data.getbuffer())
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(new, self.folder / "checkpoint.pt")
-            sync(self.folder)
-        except OSError as e:
-            failed = OSError(f"step {self.step} could not be saved in {self.folder} "
-                             f"({e.strerror}); the last good checkpoint: {self.last_good()}")
-            with suppress(OSError):
-                new.unlink()
-        for part in self.parts.values():
-            if hasattr(part, "settle"):  # a part with files of its own
-                part.settle(saved=not failed)
-        if failed and last:
-            raise failed
-        if failed:
-            say(f"warning: {failed}")
-        self.saved_at = time.monotonic()
-
-    def last_good(self):
-        return next(self.folder.glob("checkpoint.pt"), "not yet made")
-
-    def wall_time(self):
-        return self.saved.get("wall", 0.0) + time.monotonic() - self.began
-
-    def count_games(self, ended):
-        """Counts the games that Atari.step found ended."""
-        ended = [(float(score), int(length)) for _, score, length, _ in ended]
-        self.games, self.last100 = self.games + ended, (self.last100 + ended)[-100:]
-
-    def count(self, terms):
-        """Counts an update and adds its terms to the row's sums; the host does not wait for it."""
-        self.updates += 1
-        values = torch.stack(list(terms.values())).detach().double()
-        if self.updates == 1:
-            self.names, self.sums, self.first_bad = list(terms), torch.zeros_like(values), values
-        self.first_bad = torch.where(self.sums.isfinite().all(), values, self.first_bad)
-        self.sums = self.sums + values
-
-    def check_finite(self):
-        """Raises FloatingPointError, with its terms, if an update since the row was not finite."""
-        if self.updates and not self.sums.isfinite().all():
-            terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, self.first_bad.tolist()))
-            raise FloatingPointError(f"an update by step {self.step} was not finite and left out "
-                                     f"({terms}); the last good checkpoint: {self.last_good()}")
-
-    def means(self):
-        """The mean of each term over the updates since the last row, by name."""
-        self.check_finite()
-        return dict(zip(self.names, (self.sums / self.updates).tolist()))
+    def seeds(self, purpose, n=1):
+        """(n,) seeds for this step and a purpose; seed + k would be other runs' seeds, too."""
+        return np.random.SeedSequence([self.args.seed, self.step, *purpose]).generate_state(n) >> 1
 
     def due(self, what):
-        """Whether a "log" row, "eval" or "checkpoint" is due; the first two also are at the end."""
-        every, done_at = getattr(self.args, f"{what}_every"), self.done_at[what]
-        last = what != "checkpoint" and self.step >= self.args.total_timesteps
-        return self.step > done_at and (last or every and self.step // every > done_at // every)
+        """Whether a row, an evaluation or a save is due; at the end each of them is."""
+        every, done = getattr(self.args, f"{what}_every"), self.done[what]
+        end = self.step >= self.args.total_timesteps
+        return self.step > done and bool(end or every and self.step // every > done // every)
 
-    def log(self, terms):
-        """Writes a row of metrics.csv: speed, games ended since the last row, then the terms."""
-        now, last100 = time.monotonic(), summary(self.last100)
-        row = dict(sps=(self.step - self.row_step) / (now - self.row_at), episodes=len(self.games))
-        row |= summary(self.games) | {f"last100_{k}": v for k, v in last100.items()}
-        self.write("metrics", row | dict(games_cut=self.games_cut) | terms)
-        self.games, self.games_cut, self.updates = [], 0, 0
-        self.row_step, self.row_at, self.done_at["log"] = self.step, now, self.step
+    def log(self, envs, *groups, **columns):
+        """Adds up groups, dicts of 0-dim tensors; if due, a row of metrics.csv with their means."""
+        for terms in groups:
+            total, n = self.sums.get(tuple(terms), (0.0, 0))
+            total = total + torch.stack([*terms.values()]).detach().double()
+            self.sums[tuple(terms)] = total, n + 1
+        self.scores, envs.ended = (self.scores + [game[1] for game in envs.ended])[-100:], []
+        if self.due("log"):
+            means = {k: x for names, (total, n) in self.sums.items()
+                     for k, x in zip(names, (total / n).tolist())}
+            if not all(map(math.isfinite, means.values())):
+                raise FloatingPointError(f"not finite by step {self.step}: {means}")
+            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
+            sps = (self.step - self.done["log"]) / (time.monotonic() - self.began - self.wall)
+            left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
+            self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
+            print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
+                  .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
-    def evaluate(self, act, policy):
-        """Plays --eval-episodes games with act, writes a row of eval.csv and returns it."""
-        start = time.monotonic()
-        games = play_games(act, self.args, self.step, self.device, lambda: self.signal)
-        self.row_at += (taken := time.monotonic() - start)  # steps per second are those of training
-        self.line_at += taken
-        if self.signal:  # a run saves first and evaluates when it is resumed
-            return {} if self.folder else sys.exit(128 + self.signal)
-        self.done_at["eval"] = self.step
-        if not games:
-            return {}
-        self.result = dict(policy=policy, episodes=len(games), **summary(games),
-                           over_time_limit=sum(int(game[2]) for game in games))
-        say("evaluation at step {:,}: score {score_mean:.1f} +- {score_std:.1f} over {episodes} "
-            "games, {policy}".format(self.step, **self.result))
-        if self.folder:
-            self.write("eval", self.result)
-        return self.result
+    def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
+        self.done[what], self.wall = self.step, time.monotonic() - self.began
+        row = dict(step=self.step, wall_time=self.wall, **row)
+        with open(self.folder / log, "a") as f:
+            f.write("" if f.tell() else ",".join(row) + "\n")
+            f.write(",".join(f"{x:.9g}" for x in row.values()) + "\n")
+        for name, x in row.items() if self.args.tensorboard else ():
+            self.board.add_scalar(f"{log[:-4]}/{name}", x, self.step)
 
-    def write(self, log, row):
-        row = dict(step=self.step, frames=self.step * FRAME_SKIP, wall_time=self.wall_time(), **row)
-        self.waiting[log].append(row)
-        try:
-            self.write_rows()
-        except OSError as e:
-            if len(self.waiting[log]) == 1:  # say it once
-                say(f"warning: {self.logs[log]}: {e.strerror}; its rows wait in memory")
-        try:
-            for key, value in row.items() if self.board else ():
-                if not isinstance(value, str):
-                    self.board.add_scalar(f"{log}/{key}", value, self.step)
-            if self.board:
-                self.board.flush()
-        except OSError as e:  # its thread does not come back
-            say(f"warning: TensorBoard gets no more rows: {e.strerror}")
-            self.board = None
+    def evaluate(self, act):
+        """If due, plays a full game in each of --eval-games environments: a row of eval.csv."""
+        n, games = self.args.eval_games, {}
+        if not n or not (self.args.evaluate or self.due("eval")):
+            return
+        envs = Atari(self.args, n)
+        obs = envs.reset(self.seeds(b"evaluation", n))
+        torch.manual_seed(self.seeds(b"evaluation noise")[0])
+        while len(games) < n:
+            envs.send(act(obs, torch.empty(n, envs.n_actions, device=obs.device).exponential_()))
+            obs, *_ = envs.recv()
+            games = {i: game for i, *game in reversed(envs.ended)}  # the first of each
+            if STOP:
+                return  # it stays due
+        score, length = np.array([*games.values()]).T
+        if not self.args.evaluate:
+            self.write("eval", "eval.csv", games=n, score_mean=score.mean(), score_std=score.std(),
+                       score_min=score.min(), score_max=score.max(), length_mean=length.mean())
+        print(f"step {self.step:,}: score {score.mean():.1f} +- {score.std():.1f} in {n} games")
 
-    def write_rows(self):
-        """Appends the rows that wait to their logs, all of a log's or, with OSError, none."""
-        for log, rows in self.waiting.items():
-            with open(self.logs[log], "ab", buffering=0) as f:
-                size, text = f.tell(), io.StringIO()
-                writer = csv.writer(text)
-                if rows and not size:
-                    writer.writerow(rows[0])  # its keys
-                for row in rows:
-                    writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in row.values())
-                data = text.getvalue().encode()
-                if f.write(data) < len(data):  # there was room for a part only
-                    f.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            rows.clear()
+    def save(self):
+        """Writes the checkpoint if due or on a signal. Returns whether games are to start anew."""
+        if not self.due("save") and not STOP:
+            return False
+        self.done["save"], self.wall = self.step, time.monotonic() - self.began
+        self.sizes = {log: (self.folder / log).stat().st_size for log in self.sizes}
+        counts = {k: getattr(self, k) for k in ("step", "wall", "done", "scores", "sums", "sizes")}
+        state = dict(args=vars(self.args), counts=counts)
+        for name, part in self.parts.items():  # an optimizer's groups hold flags of this device
+            state[name] = {k: x for k, x in part.state_dict().items() if k != "param_groups"}
+            if not all(x.isfinite().all() for x in getattr(part, "parameters", tuple)()):
+                raise FloatingPointError(f"a parameter of {name} is not finite by step {self.step}")
+        torch.save(state, self.folder / f"{CHECKPOINT}.new")
+        os.replace(self.folder / f"{CHECKPOINT}.new", self.folder / CHECKPOINT)
+        return self.step < self.args.total_timesteps and not STOP
 
-    def goes_on(self, act, policy):
-        """Whether there is more to train. Evaluates if due, shows progress, saves by the clock.
-
-        On a signal it saves and raises SystemExit.
-        """
-        if self.due("eval"):
-            self.evaluate(act, policy)
-        if self.signal:
-            self.stop()
-        now, terminal, total = time.monotonic(), sys.stdout.isatty(), self.args.total_timesteps
-        if 0 < self.args.save_minutes * 60 < now - self.saved_at:
-            self.save()
-        if now - self.line_at > (0.5 if terminal else 5) and total > self.step > self.line_step:
-            sps = (self.step - self.line_step) / (now - self.line_at)
-            score, minutes = summary(self.last100)["score_mean"], (total - self.step) / sps / 60
-            say(f"step {self.step:,} of {total:,} ({self.step / total:.1%}), score {score:.1f}, "
-                f"{sps:.0f} steps/s, {minutes:.0f} min left", end="" if terminal else "\n")
-            self.line_step, self.line_at = self.step, now
-        return self.step < total
-
-    def stop(self):
-        """Saves and ends the process, as a signal asked for."""
-        self.save(last=True)
-        say(f"stopped at step {self.step:,}; go on with --resume {self.folder}")
-        raise SystemExit(128 + self.signal)
-
-    def finish(self):
-        """The last save; returns the final statistics."""
-        self.save(last=True)
-        say(f"done: {self.folder}")
-        result = {f"eval_{k}": v for k, v in self.result.items()}
-        return dict(step=self.step, folder=str(self.folder), **summary(self.last100), **result)
-
-
-def summary(games):
-    """Statistics of games (score, length, ...), NaN if there are none."""
-    score, length = np.array([game[:2] for game in games] or [(math.nan, math.nan)]).T
-    stats = dict(score_mean=score.mean(), score_std=score.std(), score_median=np.median(score),
-                 score_min=score.min(), score_max=score.max(), length_mean=length.mean())
-    return {k: float(v) for k, v in stats.items()}
-
-
-def sync(folder):
-    """Puts on the disk that a file of the folder was renamed, where the file system can."""
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def say(text, end="\n"):
+def main(Args, train):
+    """The command line; with --resume and --evaluate, flags that are not given are the run's."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; a second one kills
+            signal.signal(number, lambda n, _: (STOP.append(n), signal.signal(n, signal.SIG_DFL)))
+    args = tyro.cli(Args, description=__doc__)
     try:
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
-    except OSError:  # `| head` has left, or the terminal is closed: the run goes on unheard
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def provenance(device, args):
-    """Flags, code, versions and hardware, so that a result can be traced to what made it."""
-    git = [shutil.which("git") or "true", "-C", Path(__file__).resolve().parent]
-    git = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or platform.processor()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return dict(args=vars(args), command=sys.argv, time=time.ctime(), commit=git.stdout.strip(),
-                python=platform.python_version(), platform=platform.platform(), cpu=cpu,
-                cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
-                **{m.__name__: m.__version__ for m in (torch, np, gym, ale_py)})
+        if folder := args.evaluate or args.resume:
+            saved = torch.load(Path(folder, CHECKPOINT), "cpu", weights_only=True, mmap=True)
+            old = saved["args"] | dict(device=args.device)
+            args = tyro.cli(Args, description=__doc__, default=Args(**old))
+            fixed = {k: x for k, x in old.items() if k not in FREE and x != getattr(args, k)}
+            if fixed or args.total_timesteps < old["total_timesteps"]:
+                raise ValueError(f"the run has {fixed or old['total_timesteps']}")
+        train(args)
+    except (ValueError, OSError, AssertionError, FloatingPointError, gym.error.Error) as e:
+        print(f"error: {' '.join(sys.argv[1:])}: {e}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, FloatingPointError) else 2)
+    sys.exit(128 + STOP[0] if STOP else 0)
 # === end shared ===
 
-
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "gymnasium>=1.1", "ale-py>=0.12.1", "numpy>=1.26", "tyro>=0.9.1"]
-# ///
 if __name__ == "__main__":
-    main(Args, train, __doc__)
+    main(Args, train)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -28,7 +29,6 @@ from exact import MDP, Model  # noqa: E402
 TAUS = 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
 GAME, STEPS, SEEDS, BATCHES, C, GAMMA = "ALE/Krull-v5", 50_000, 5, 4, 0.5, 0.99
 RUNS, RESULTS = ROOT / "runs" / "gap", ROOT / "results" / "gap"
-
 
 def train():
     """Runs what is missing, or not begun by another process, one after the other, on one thread."""
@@ -41,7 +41,6 @@ def train():
             print("+", *command, flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
-
 def gradients(loss, x, tau, parameters):
     """The gradient of a loss (T, N) for each sample, (T N, P), in float64."""
     rows = []
@@ -51,11 +50,9 @@ def gradients(loss, x, tau, parameters):
                                for part, p in zip(g, parameters)]).double())
     return torch.stack(rows)
 
-
 def relative(gap, pg, weights):
     """Root mean square of the gap over that of the policy gradient, (samples, P) each."""
     return float(((weights @ gap.square().sum(-1)) / (weights @ pg.square().sum(-1))).sqrt())
-
 
 def on_mdp(tau, seed):
     """All (s, a) of a random MDP; V of a random network, one-step returns."""
@@ -63,48 +60,42 @@ def on_mdp(tau, seed):
     model = Model(mdp, seed + 10)
     log_pi, V = model()
     s, a = (x.flatten() for x in torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij"))
-    zero = torch.zeros(1, len(s))
-    rollout = pgql_equiv.Rollout(None, a[None], mdp.r[s, a][None], mdp.ends[s, a][None], zero, zero)
     V_n = (mdp.p[s, a] @ V).detach()
-    x = pgql_equiv.samples(log_pi[s][None], V[s][None], rollout, V_n, torch.tensor(0.0), tau, GAMMA)
+    x = pgql_equiv.samples(log_pi[s][None], V[s][None], a[None], mdp.r[s, a][None],
+                           mdp.ends[s, a][None], V_n, 0.0, tau, GAMMA)
     pg, gap = (gradients(f, x, tau, model.weights) for f in (pgql_equiv.pg_loss, pgql_equiv.gap))
     weights = log_pi[s, a].exp().detach() / 6
     return relative(gap, pg, weights), float((weights @ gap).norm() / (weights @ pg).norm())
 
-
 def on_krull(tau):
     """Batches of 5 steps of 16 environments by the network that was trained with this tau."""
-    folder, = (path.parent for path in (RUNS / f"tau{tau:g}").glob("*/checkpoint.pt"))
-    saved = pgql_equiv.read_checkpoint(folder)
-    args = pgql_equiv.Args(**saved["args"])
+    path, = (RUNS / f"tau{tau:g}").glob("*/pgql_equiv.pt")
+    saved = torch.load(path, "cpu", weights_only=True)
+    args = pgql_equiv.Args(**(saved["args"] | dict(device="cpu")))
     envs, T, N = pgql_equiv.Atari(args, args.num_envs), args.num_steps, args.num_envs
     net = pgql_equiv.ActorCritic(envs.n_actions)
     net.load_state_dict(saved["net"])
-    parameters, generator = list(net.parameters()), torch.Generator().manual_seed(0)
-    s = envs.reset(pgql_equiv.seeds(0, 0, "evaluation", N))
-    samples, batches = [], []
+    parameters, samples, batches = list(net.parameters()), [], []
+    torch.manual_seed(0)
+    s = envs.reset(np.random.SeedSequence([0, *b"gap"]).generate_state(N) >> 1)
     for k in range(40 * BATCHES):  # every 40th batch is measured, some 13 seconds of play apart
-        obs, a, rest = [torch.from_numpy(s.copy())], [], []
-        for _ in range(T):
+        steps = []
+        for noise in torch.empty(T, N, envs.n_actions).exponential_():
             with torch.no_grad():
-                noise = pgql_equiv.gumbel_noise((N, envs.n_actions), generator)
-                a.append(pgql_equiv.sample(net(obs[-1])[0], noise))
-            s, reward, terminated, truncated, _ = envs.step(a[-1].numpy())
-            rest.append((np.sign(reward), terminated, truncated))
-            obs.append(torch.from_numpy(s.copy()))
+                obs, a = s, pgql_equiv.sample(net(s)[0], noise)
+            envs.send(a)
+            s, r, terminated, truncated, _ = envs.recv()  # far from the time limit
+            steps.append((obs, a, r.sign(), (terminated | truncated).float()))
         if k % 40 < 39:
             continue
-        r, terminated, truncated = torch.tensor(np.array(rest, np.float32)).transpose(0, 1)
-        obs, zero = torch.stack(obs), torch.zeros(T, N)
-        rollout = pgql_equiv.Rollout(obs, torch.stack(a), r, terminated, truncated, zero)
+        obs, *rest = map(torch.stack, zip(*steps))
         with torch.no_grad():
-            V_n = net(obs[T])[1]
-        x = pgql_equiv.samples(*net(obs[:T]), rollout, V_n, torch.tensor(0.0), tau, GAMMA)
+            V_n = net(s)[1]
+        x = pgql_equiv.samples(*net(obs), *rest, V_n, 0.0, tau, GAMMA)
         pg, gap = (gradients(f, x, tau, parameters) for f in (pgql_equiv.pg_loss, pgql_equiv.gap))
         samples.append([gap.square().sum(-1).mean(), pg.square().sum(-1).mean()])
         batches.append([gap.mean(0).norm().square(), pg.mean(0).norm().square()])
     return (math.sqrt(gap / pg) for gap, pg in np.mean([samples, batches], axis=1))
-
 
 def measure():
     """Writes results/gap/gap.csv, provenance.json and gap.png."""
@@ -122,13 +113,11 @@ def measure():
               "krull_batch80"]
     with open(RESULTS / "gap.csv", "w", newline="") as f:
         csv.writer(f).writerows([header, *([f"{x:.6g}" for x in row] for row in rows)])
-    about = pgql_equiv.provenance(torch.device("cpu"), pgql_equiv.Args(env_id=GAME))
-    del about["args"]
-    (RESULTS / "provenance.json").write_text(json.dumps(about, indent=1) + "\n")
+    (RESULTS / "provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
     draw(rows)
 
-
 def draw(rows):
+    """results/gap/gap.png from the rows of gap.csv, as numbers."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -143,7 +132,6 @@ def draw(rows):
            title="soft Q-learning minus policy gradient")
     ax.legend(fontsize=8)
     figure.savefig(RESULTS / "gap.png", dpi=120, metadata={"Software": None})
-
 
 if __name__ == "__main__":
     {("train",): train, (): measure}.get(tuple(sys.argv[1:]), lambda: sys.exit(__doc__))()

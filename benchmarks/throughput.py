@@ -7,15 +7,13 @@
     python benchmarks/throughput.py --only emulator a2c_proper --num-envs 8 16 32 64 128 --rounds 3
 
     emulator         the games alone, actions uniformly random: the ceiling for learners on it
-    a2c_proper       a2c_proper.py as it trains, with its log and without evaluations
-    a2c_plain        the same with --no-fast
+    a2c_proper, ...  any of the five scripts as it trains, with its log and without evaluations;
+                     soft_dqn past --learning-starts
+    a2c_proper_compiled, ...   the same with --compile; its compilation falls into the warm-up
     sb3              A2C of SB3 as its users run it on Atari, one process per environment
     sb3_our_envs     the same A2C on the emulator of a2c_proper.py, which leaves the learner's share
-    soft_dqn         soft_dqn.py as it trains, past learning_starts
-    soft_dqn_serial  the same, emulating first and learning then
     sb3_dqn          DQN of SB3 as its users run it on Atari: one environment, an update in 4 steps
     sb3_dqn_envs     the same with --num-envs processes and as many updates a step
-    pgql_equiv, natural_pg_damped   as a2c_proper, with comparisons and measurements
 
 Every measurement is a process of its own, so that no contestant inherits the threads or the memory
 of another, and all of them take turns in every round, so that a load on the machine that comes and
@@ -32,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -39,19 +38,14 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import a2c_proper  # noqa: E402
-import natural_pg_damped  # noqa: E402
-import pgql_equiv  # noqa: E402
-import soft_dqn  # noqa: E402
 
-Name = Literal["emulator", "a2c_proper", "a2c_plain", "sb3", "sb3_our_envs", "soft_dqn",
-               "soft_dqn_serial", "sb3_dqn", "sb3_dqn_envs", "pgql_equiv", "natural_pg_damped"]
-A2C = "emulator", "a2c_proper", "sb3", "sb3_our_envs"
+SCRIPTS = "a2c_naive", "a2c_proper", "soft_dqn", "pgql_equiv", "natural_pg_damped"
 LEARNING_STARTS, MEMORY = 1000, 10_000  # of the DQNs; a larger memory is no slower, only larger
-
 
 @dataclasses.dataclass
 class Args:
@@ -61,14 +55,13 @@ class Args:
     rounds: int = 5  # measurements of every contestant
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; auto: CUDA where it exists
     threads: int = 0  # CPU threads of PyTorch and of our emulator; 0: their own choice
-    only: tuple[Name, ...] = A2C  # contestants
+    only: tuple[str, ...] = ("emulator", "a2c_proper", "a2c_proper_compiled", "sb3",
+                             "sb3_our_envs")  # contestants
     csv: str = ""  # file for the single measurements; a .json with the provenance goes beside it
-
 
 def warm_up(args):
     """Steps before the measured ones: caches, memory pools and worker processes settle."""
     return max(1000, args.steps // 10)
-
 
 def processes():
     """This process, then its children; nothing where psutil is missing."""
@@ -77,12 +70,10 @@ def processes():
     import psutil
     return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
-
 def cpu_seconds():
     """CPU time so far, of the children too, which getrusage does not count before they end."""
     times = [p.cpu_times() for p in processes()[1:]]
     return time.process_time() + sum(t.user + t.system for t in times)
-
 
 def memory():
     """MiB in use now; asked at the end of a measurement, when it no longer grows.
@@ -95,7 +86,6 @@ def memory():
                 pss_mib=sum(getattr(m, "pss", math.nan) for m in full))
     return {name: total / 2**20 for name, total in sums.items()}
 
-
 def measure(args, run):
     """Calls run(steps), which returns the steps it made, to warm up and again to measure it."""
     run(warm_up(args))
@@ -104,71 +94,45 @@ def measure(args, run):
     seconds, cpu = time.monotonic() - start, cpu_seconds() - cpu
     return dict(steps=steps, seconds=seconds, cpu_s=cpu, **memory())
 
-
-def ours(args, script=a2c_proper, **flags):
-    """Flags of a script, all else being its defaults (n = 5 is one)."""
-    return script.Args(env_id=args.env_id, num_envs=args.num_envs, threads=args.threads,
-                       device=args.device, **flags)
-
-
 def emulator(args):
     """No network; the process still has PyTorch loaded, which its memory shows."""
-    envs, rng = a2c_proper.Atari(ours(args), args.num_envs), np.random.default_rng(1)
-    envs.reset(a2c_proper.seeds(1, 0, "training", args.num_envs))
+    envs, rng = atari(args), np.random.default_rng(1)
 
     def run(steps):
         for _ in range(0, steps, args.num_envs):
-            envs.step(rng.integers(envs.n_actions, size=args.num_envs))
+            envs.send(torch.from_numpy(rng.integers(envs.n_actions, size=args.num_envs)))
+            envs.recv()
         return -(-steps // args.num_envs) * args.num_envs
 
     return measure(args, run)
 
+def atari(args):
+    """The environments of a2c_proper.py on the CPU, with games begun."""
+    envs = a2c_proper.Atari(a2c_proper.Args(env_id=args.env_id, threads=args.threads,
+                                            device="cpu"), args.num_envs)
+    envs.reset(np.arange(args.num_envs))
+    return envs
 
-def on_policy(script, **flags):
-    """A contestant: one of the scripts that learn from their rollouts."""
-    return lambda args: our_script(script, ours(args, script, **flags), warm_up(args), args.steps)
+def our_script(name, args):
+    """A script with its defaults from its first row to its last; the first ends the warm-up."""
+    script, seen = importlib.import_module(name.removesuffix("_compiled")), []
+    write, warm, flags = script.Run.write, warm_up(args), {}
+    if script.__name__ == "soft_dqn":
+        warm = LEARNING_STARTS + args.num_envs * 50
+        flags = dict(learning_starts=LEARNING_STARTS, buffer_size=MEMORY)
 
+    def look(run, *which, **row):
+        write(run, *which, **row)
+        seen.append(dict(steps=run.step, seconds=time.monotonic(), cpu_s=cpu_seconds(), **memory()))
 
-def our_dqn(args):
-    """The warm-up ends after learning_starts; the rest is the default, with updates in 4 steps."""
-    flags = ours(args, soft_dqn, learning_starts=LEARNING_STARTS, buffer_size=MEMORY)
-    return our_script(soft_dqn, flags, LEARNING_STARTS + args.num_envs * 50, args.steps)
-
-
-def our_dqn_serial(args):
-    """Shows what emulating while the network learns is worth."""
-    class Serial(soft_dqn.Atari):
-        def send(self, actions):
-            super().send(actions)
-            self.received = super().recv()
-
-        def recv(self):
-            return self.received
-
-    soft_dqn.Atari = Serial
-    return our_dqn(args)
-
-
-def our_script(script, flags, warm, steps):
-    """Speed from metrics.csv; its first row, the warm-up, is where the measurement starts."""
-    cpu, log, at_end = [], script.Run.log, {}
-
-    def log_and_look(run, terms):  # what metrics.csv lacks is read at the moment of its rows
-        log(run, terms)
-        cpu.append(cpu_seconds())
-        if run.step >= run.args.total_timesteps:  # before train() returns and frees its memory
-            at_end.update(memory())
-
-    script.Run.log = log_and_look
+    script.Run.write = look
     with tempfile.TemporaryDirectory() as runs_dir:
-        flags = dataclasses.replace(flags, total_timesteps=warm + steps, log_every=warm,
-                                    eval_episodes=0, runs_dir=runs_dir)
-        result = script.train(flags)
-        with open(Path(result["folder"]) / "metrics.csv", newline="") as f:
-            rows = list(csv.DictReader(f))
-    steps, seconds = (float(rows[-1][k]) - float(rows[0][k]) for k in ("step", "wall_time"))
-    return dict(steps=int(steps), seconds=seconds, cpu_s=cpu[-1] - cpu[0], **at_end)
-
+        script.train(script.Args(
+            env_id=args.env_id, num_envs=args.num_envs, threads=args.threads, device=args.device,
+            compile=name.endswith("_compiled"), total_timesteps=warm + args.steps, log_every=warm,
+            eval_games=0, save_every=0, runs_dir=runs_dir, **flags))
+    first, last = seen[0], seen[-1]
+    return last | {k: last[k] - first[k] for k in ("steps", "seconds", "cpu_s")}
 
 def sb3(args):
     """SB3 on its own wrappers. Its processes import this file again, and with it ale_py's games."""
@@ -177,7 +141,6 @@ def sb3(args):
     game = args.env_id.removeprefix("ALE/")[:-3] + "NoFrameskip-v4"  # as the wrappers expect it
     envs = make_atari_env(game, args.num_envs, seed=1, vec_env_cls=SubprocVecEnv)
     return sb3_a2c(args, VecFrameStack(envs, 4))
-
 
 def sb3_a2c(args, envs):
     """SB3's A2C with the settings of its zoo for Atari; verbose=0, it prints no log."""
@@ -197,29 +160,29 @@ def sb3_a2c(args, envs):
     envs.close()
     return result
 
-
 def sb3_our_envs(args):
     """SB3 on the emulator of a2c_proper.py; SB3 itself divides uint8 pictures by 255."""
     from stable_baselines3.common.vec_env import VecEnv
 
     class OurVecEnv(VecEnv):
-        def __init__(self, flags):
-            self.atari = a2c_proper.Atari(flags, flags.num_envs)
+        def __init__(self):
+            self.atari = atari(args)
             envs = self.atari.envs
             super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
         def reset(self):
-            return self.atari.reset(a2c_proper.seeds(1, 0, "training", self.num_envs))
+            return self.atari.reset(np.arange(self.num_envs)).numpy()
 
         def step_async(self, actions):
-            self.actions = actions
+            self.atari.send(torch.from_numpy(actions))
 
         def step_wait(self):
-            obs, reward, terminated, truncated, final_obs = self.atari.step(self.actions)
+            obs, reward, terminated, truncated, last = self.atari.recv()
             infos = [{} for _ in obs]
-            for i in np.flatnonzero(truncated & ~terminated):
-                infos[i] = {"terminal_observation": final_obs[i], "TimeLimit.truncated": True}
-            return obs, np.sign(reward).astype(np.float32), terminated | truncated, infos
+            for i, picture in zip(truncated.nonzero()[:, 0], () if last is None else last):
+                infos[i] = {"terminal_observation": picture.numpy(), "TimeLimit.truncated": True}
+            done = terminated | truncated
+            return obs.numpy(), reward.sign().numpy(), done.numpy(), infos
 
         def close(self):
             self.atari.envs.close()
@@ -229,8 +192,7 @@ def sb3_our_envs(args):
 
         set_attr = env_method = env_is_wrapped = None  # abstract in VecEnv, not called here
 
-    return sb3_a2c(args, OurVecEnv(ours(args)))
-
+    return sb3_a2c(args, OurVecEnv())
 
 def sb3_dqn(args, num_envs=1):
     """SB3's DQN with the settings of soft_dqn.py, without its memory's optional compression."""
@@ -255,17 +217,13 @@ def sb3_dqn(args, num_envs=1):
     envs.close()
     return result
 
-
 def sb3_dqn_envs(args):
     return sb3_dqn(args, args.num_envs)
 
-
-CONTESTANTS = dict(emulator=emulator, a2c_proper=on_policy(a2c_proper),
-                   a2c_plain=on_policy(a2c_proper, fast=False), sb3=sb3, sb3_our_envs=sb3_our_envs,
-                   soft_dqn=our_dqn, soft_dqn_serial=our_dqn_serial, sb3_dqn=sb3_dqn,
-                   sb3_dqn_envs=sb3_dqn_envs, pgql_equiv=on_policy(pgql_equiv),
-                   natural_pg_damped=on_policy(natural_pg_damped))
-
+CONTESTANTS = dict(emulator=emulator, sb3=sb3, sb3_our_envs=sb3_our_envs, sb3_dqn=sb3_dqn,
+                   sb3_dqn_envs=sb3_dqn_envs)
+CONTESTANTS |= {name: partial(our_script, name) for script in SCRIPTS
+                for name in (script, f"{script}_compiled")}
 
 def measure_in_child(name, args):
     """One measurement of one contestant in a process of its own, as a row."""
@@ -275,12 +233,10 @@ def measure_in_child(name, args):
     return dict(contestant=name, steps_per_s=row["steps"] / row["seconds"],
                 cpu_s_per_1000_steps=1000 * row["cpu_s"] / row["steps"], **row)
 
-
 def spread(values, form):
     """Median (min-max)."""
     low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
     return f"{middle} ({low}-{high})"
-
 
 def table(rows, names):
     """The rows of all rounds as the lines of a Markdown table."""
@@ -299,12 +255,13 @@ def table(rows, names):
         usage = [format(statistics.median(r[k] for r in of[name]), f) for k, f in keys.items()]
         yield " | ".join((f"| {name}", spread(speed[name], ".0f"), *ratios, *usage)) + " |"
 
-
 def main(args):
     """Measures all rounds, prints the table and writes the rows with their provenance."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     args = dataclasses.replace(args, device=auto if args.device == "auto" else args.device)
-    names, load = list(args.only), os.getloadavg()
+    names, load = list(args.only), os.getloadavg() if hasattr(os, "getloadavg") else None
+    if unknown := set(names) - set(CONTESTANTS):
+        sys.exit(f"--only {unknown}: known are {', '.join(CONTESTANTS)}")
     if not all(map(importlib.util.find_spec, ("stable_baselines3", "psutil"))):
         print("sb3 is left out, and memory is 0: pip install -e '.[bench]'", flush=True)
         names = [name for name in names if not name.startswith("sb3")]
@@ -324,12 +281,11 @@ def main(args):
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        about = a2c_proper.provenance(torch.device(args.device), args) | dict(load_at_start=load)
+        about = provenance(args=vars(args), load_at_start=load)
         about["threads"] = args.threads or about["threads"]  # set in the children only
         if any(name.startswith("sb3") for name in names):
             about["stable_baselines3"] = version("stable_baselines3")
         Path(args.csv).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:  # a child: the name of a contestant and the flags as JSON

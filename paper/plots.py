@@ -17,12 +17,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = json.loads(Path(__file__).with_name("grids.json").read_text())
 RESULTS = ROOT / "results" / "paper"
-# told apart by brightness and dashes, too, where colours are lost
+# told apart by brightness and dashes, too, where colors are lost
 STYLES = [("#1f3f7f", "-"), ("#d95f02", "--"), ("#3a9c6b", "-."), ("#a9446f", ":"),
           ("#7a7a7a", (0, (5, 1, 1, 1, 1, 1))), ("#c9a227", (0, (9, 3)))]
 POINTS = 201  # of a drawn curve
 RESAMPLES = 10_000  # of the bootstrap
-
 
 def short(frames):
     """A number of frames in three digits: 2512000 -> 2.51M."""
@@ -31,7 +30,6 @@ def short(frames):
             return f"{frames / size:.3g}{unit}"
     return str(frames)
 
-
 def exact(frames):
     """The shortest exact name of a number of frames, part of a folder's name: 40000000 -> 40M."""
     for unit, size in (("M", 10**6), ("k", 10**3)):
@@ -39,12 +37,10 @@ def exact(frames):
             return f"{frames // size}{unit}"
     return str(frames)
 
-
 def arm_folder(command):
     """The folder of an arm, from its script and flags: arms of two figures may be the same."""
     script, *flags = command
     return "_".join([Path(script).stem, *(flag.removeprefix("--") for flag in flags)])
-
 
 def runs(figure, results, extra=()):
     """The collected runs of a figure by (game, arm, name of the horizon): [(seed, folder), ...]."""
@@ -56,13 +52,11 @@ def runs(figure, results, extra=()):
                 found.setdefault((game, arm, horizon), []).append((int(folder.name[4:]), folder))
     return {key: sorted(of) for key, of in found.items()}
 
-
 def evaluations(folder):
     """Frames and mean scores of a run's evaluations; two arrays."""
     with open(folder / "eval.csv", newline="") as f:
-        rows = [(float(row["frames"]), float(row["score_mean"])) for row in csv.DictReader(f)]
+        rows = [(4 * int(row["step"]), float(row["score_mean"])) for row in csv.DictReader(f)]
     return np.array(rows).reshape(-1, 2).T
-
 
 def curves(figure, results, extra=()):
     """The curves of a figure, as rows of its CSV: mean and deviation over the seeds.
@@ -82,14 +76,12 @@ def curves(figure, results, extra=()):
                 yield dict(game=game, arm=arm, horizon=horizon, frames=round(x), seeds=len(y),
                            mean=f"{np.mean(y):.6g}", std=f"{np.std(y):.6g}")
 
-
 def interval(scores):
     """The 95% bootstrap interval of a mean over seeds, None for a single one."""
     if len(scores) < 2:
         return None
     drawn = np.random.default_rng(0).choice(scores, (RESAMPLES, len(scores)))
     return tuple(np.percentile(drawn.mean(1), (2.5, 97.5)))
-
 
 def final_scores(figure, results, extra=()):
     """A row for each game, arm and horizon: the last evaluations of the seeds."""
@@ -105,7 +97,6 @@ def final_scores(figure, results, extra=()):
                    of_frames=grid["frames"], mean=np.mean(scores),
                    std=np.std(scores, ddof=1) if len(scores) > 1 else math.nan, low=low, high=high)
         yield {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-
 
 def score_table(figure, rows):
     """The lines of scores<k>.md."""
@@ -133,12 +124,10 @@ def score_table(figure, rows):
     for i, source in enumerate(sources, 1):
         yield f"[{i}] {source['source']}" + (";" if i < len(sources) else ".")
 
-
 def complete(rows):
     """How many runs have come to the end of the figure, on its own horizon."""
     return sum(int(row["seeds"]) for row in rows if int(row["frames"]) >= int(row["of_frames"])
                and row["horizon"] == exact(int(row["of_frames"])))
-
 
 def picture(figure, rows):
     """The figure from the rows of its CSV: one panel a game, as in the paper."""
@@ -147,6 +136,9 @@ def picture(figure, rows):
     import matplotlib.pyplot as plt
     matplotlib.rcParams["svg.hashsalt"] = "figures"  # or every drawing has new names
     grid = GRIDS["figures"][figure]
+    random, published = GRIDS["random"], GRIDS["published"][grid["published"]][0]
+    levels = {f"random, {random['source'].split(',')[0]}": random["scores"],
+              f"40M frames, {published['source'].split(' (')[0]}": published["scores"]}
     games = [game for game in GRIDS["games"] if any(row["game"] == game for row in rows)]
     across = min(3, len(games))
     down = math.ceil(len(games) / across)
@@ -164,6 +156,9 @@ def picture(figure, rows):
             ax.plot(x / 1e6, mean, color=color, ls=dashes, lw=1.6, label=arm,
                     marker="o" if len(x) == 1 else None)  # a line of one point is not seen
             ax.fill_between(x / 1e6, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+        for (label, scores), dots in zip(levels.items(), (":", "-")):
+            if game in scores:  # with both in sight, noise does not fill the panel
+                ax.axhline(scores[game], color="0.6", ls=dots, lw=1, label=label)
         ax.set(title=game, xlabel="million frames")
         ax.set_xlim(left=0)
     for ax in axes.flat[len(games):]:
@@ -171,11 +166,10 @@ def picture(figure, rows):
     axes[0, 0].set_ylabel("evaluation score")
     named = {label: handle for ax in axes.flat for handle, label in zip(
         *ax.get_legend_handles_labels())}
-    named = {arm: named[arm] for arm in grid["arms"] if arm in named}
-    drawn.legend(named.values(), named, loc="outside lower center", ncols=min(3, len(named)),
+    named = {label: named[label] for label in [*grid["arms"], *levels] if label in named}
+    drawn.legend(named.values(), named, loc="outside lower center", ncols=min(across + 1, 3),
                  frameon=False, handlelength=3.5)
     return drawn
-
 
 def draw(figure, results=RESULTS, out=None, extra=()):
     """Writes what the module's docstring lists to the folder `out`; returns the paths.
@@ -199,7 +193,6 @@ def draw(figure, results=RESULTS, out=None, extra=()):
     return [out / f"{name}{figure}.{kind}" for name, kind in (
         ("figure", "csv"), ("figure", "png"), ("figure", "svg"), ("scores", "csv"),
         ("scores", "md"))]
-
 
 if __name__ == "__main__":
     if not sys.argv[1:] or set(sys.argv[1:]) - set(GRIDS["figures"]):

@@ -2,21 +2,20 @@
 
     pip install -e '.[watch]'
     python paper/watch.py runs/Breakout__a2c_proper__seed1__20260101-120000
-    python paper/watch.py checkpoint.pt --games 3 --seconds 120 --seed 1 --out breakout.mp4
+    python paper/watch.py runs/Breakout... --games 3 --seconds 120 --seed 1 --out breakout.mp4
 
 Beside the screen stand the policy that acts with the action it took, V(s), and the entropy of the
-policy, both with their last ten seconds. The checkpoint, or run folder, may be of any of the five
-scripts. soft_dqn.py acts epsilon-greedily, as in its evaluations; its V is that of its backup.
+policy, both with their last ten seconds. The run may be of any of the five scripts; it acts as in
+its evaluations, soft_dqn.py epsilon-greedily, whose V is that of its backup.
 
 The agent sees the pictures that it was trained on. The screen comes from a second emulator with the
 same settings, seeds and actions; each step is checked to be the same in both. With the run's own
---seed the first game is the one that the script scores with --evaluate and --eval-episodes 1.
+--seed the first game is the one that the script scores with --evaluate and --eval-games 1.
 """
 import dataclasses
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,142 +24,110 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import a2c_naive  # noqa: E402
-import a2c_proper  # noqa: E402
-import natural_pg_damped  # noqa: E402
-import pgql_equiv  # noqa: E402
-import soft_dqn  # noqa: E402
-from a2c_proper import FRAME_SKIP, Refused  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
-SCRIPTS = {script.__name__: script for script in (a2c_naive, a2c_proper, soft_dqn, pgql_equiv,
-                                                  natural_pg_damped)}
-ARM = ("update", "backup", "parameterization", "solver", "value", "n_step", "regularizer", "tau")
-STEPS_PER_SECOND = 60 // FRAME_SKIP  # agent steps in a second of the game
-
+SCRIPTS = "a2c_naive", "a2c_proper", "soft_dqn", "pgql_equiv", "natural_pg_damped"
+ARM = "update", "backup", "parameterization", "solver", "n_step", "regularizer", "tau"
+STEPS_PER_SECOND = 15  # agent steps, 4 frames each, in a second of the game
 
 @dataclasses.dataclass
 class Args:
-    checkpoint: tyro.conf.Positional[str]  # checkpoint, or the run folder that it is in
-    out: str = ""  # file to write, .gif or .mp4; default: <game>_<script>_seed<k>.gif
+    run: tyro.conf.Positional[str]  # folder of the run
+    out: str = ""  # file to write, .gif or .mp4; default: step<k>_seed<k>.gif in the run's folder
     seconds: float = 30.0  # at most so much of the game, 15 agent steps a second
     games: int = 1  # at most so many games
     seed: int = 0  # games and sampling noise derive from it
     scale: int = 2  # pixels of the film for one of the game's, each way
     fps: float = 15.0  # pictures per second, one for each agent step; 15 is real time
 
-
 LIMITS = dict(seconds=(0.1, 36_000), games=(1, 1e6), seed=(0, 2**32 - 1), scale=(2, 8), fps=(1, 50))
 LONGEST_GIF = 300  # seconds; a GIF is held in memory until it is written
 
-
 # === the agent ===
 class Agent(NamedTuple):
-    """A checkpoint with the functions and classes of the script that made it."""
-
+    """A run that was opened for an evaluation by the script that made it."""
     script: object  # the module
-    args: object  # the flags of the run
-    step: int  # agent steps it was trained for
+    run: object  # its Run, with the trained networks as run.parts
+    act: object  # obs (1, 4, 84, 84), noise (1, A) -> a (1,), as the script's evaluations act
+    seed: int  # that it was trained with
     envs: object  # the script's Atari, with one game
-    decide: Callable  # s (1, 4, 84, 84) uint8, generator -> a (1,), pi (1, A), V (1,)
-    acts: str  # how a comes from the network
 
+def read_agent(folder, seed):
+    """The agent of a run folder, to play on a seed."""
+    names = [name for name in SCRIPTS if (Path(folder) / f"{name}.pt").exists()]
+    if not names:
+        raise ValueError(f"{folder}: no checkpoint of one of the scripts lies there")
+    script, opened = importlib.import_module(names[0]), []
+    saved = torch.load(Path(folder, script.CHECKPOINT), "cpu", weights_only=True, mmap=True)["args"]
+    here = dict(seed=seed, num_envs=1, device="cpu", evaluate=str(folder), resume="")
 
-def read_agent(path):
-    """The agent of a checkpoint. Raises the Refused of a script if it is of no use."""
-    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    def keep(run, act):  # takes the place of the evaluation
+        opened.append((run, act))
+
+    evaluate, script.Run.evaluate = script.Run.evaluate, keep
     try:
-        script = SCRIPTS[torch.load(file, "cpu", weights_only=True, mmap=True)["script"]]
-    except Exception:  # what it is read_checkpoint will meet again, and say
-        script = a2c_proper
-    saved = script.read_checkpoint(path)
-    args = script.Args(**(saved["args"] | dict(device="cpu")))
-    envs = script.Atari(args, 1)
-    net, decide, acts = player(script, args, envs.n_actions)
-    net.to(memory_format=torch.channels_last)  # as in training, where it rounds in the same way
-    try:
-        net.load_state_dict(saved["net"])
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise Refused(f"{saved['path']} does not fit this script and game") from e
-    return Agent(script, args, saved["step"], envs, decide, acts)
+        script.train(script.Args(**(saved | here)))
+    finally:
+        script.Run.evaluate = evaluate
+    run, act = opened[0]
+    return Agent(script, run, act, saved["seed"], script.Atari(run.args, 1))
 
-
-def player(script, args, A):
-    """The network that the script's `train` makes, with its `act` as Agent.decide, and its name."""
-    kl = (getattr(args, "regularizer", "") or args.backup).endswith("kl")
-    log_pi_bar = torch.full((A,), -math.log(A) if kl else 0.0)
-
-    def greedy(s, generator):
-        Q, epsilon = net(s), args.eval_epsilon
-        tau = 0.0 if args.backup == "hard" else args.tau
+@torch.no_grad()
+def opinion(agent, obs):
+    """What its networks say of obs (1, 4, 84, 84): the policy that acts (A,) and V, a float."""
+    args, parts = agent.run.args, agent.run.parts
+    if agent.script.__name__ == "soft_dqn":
+        Q = parts["net"](obs)
+        A, tau = Q.shape[-1], 0.0 if args.backup == "hard" else args.tau
+        V = agent.script.soft_value(Q, -math.log(A) if args.backup == "soft-kl" else 0.0, tau)
         best = torch.nn.functional.one_hot(Q.argmax(-1), A)
-        a = script.epsilon_greedy(Q, epsilon, generator)
-        return a, (1 - epsilon) * best + epsilon / A, script.soft_value(Q, log_pi_bar, tau)
-
-    def sampled(s, generator):
-        log_pi, V = (net(s), net.V(s)) if script is natural_pg_damped else net(s)
-        a = script.sample(log_pi, script.gumbel_noise(log_pi.shape, generator))
-        return a, log_pi.exp(), V
-
-    if script is soft_dqn:
-        net = script.QNetwork(A)
-        return net, greedy, f"epsilon-greedy {args.eval_epsilon:g}"
-    if script is natural_pg_damped:
-        net = script.PolicyAndValue(A, args.value)
-    elif getattr(args, "parameterization", "") == "q":
-        net = script.SoftQ(A, log_pi_bar, args.tau)
+        pi = (1 - args.eval_epsilon) * best + args.eval_epsilon / A
     else:
-        net = script.ActorCritic(A)
-    return net, sampled, "sampled from pi"
-
+        both = (parts["pi"](obs), parts["V"](obs)) if "pi" in parts else parts["net"](obs)
+        pi, V = both[0].exp(), both[1]
+    return pi[0].numpy(), float(V)
 
 # === the game ===
 class Moment(NamedTuple):
     """An agent step: what was seen, said, done and scored."""
-
-    s: np.ndarray  # (4, 84, 84) uint8, as the agent saw it
+    obs: np.ndarray  # (4, 84, 84) uint8, as the agent saw it
     screen: np.ndarray  # (210, 160, 3) uint8, the same for the viewer
-    V: float  # V(s)
     pi: np.ndarray  # (A,) the policy that acts
-    entropy: float  # of pi, in nats
+    V: float  # V(s)
     a: int
     score: float  # of the game, with what a earned
     length: int  # agent steps of the game, with this one
     game: int  # from 1
+    over: bool  # whether it ends with this step
 
-
-def in_colour(envs):
+def in_color(envs):
     """A second emulator of the same game with the same settings; its pictures are the screen's."""
     screen = dict(grayscale=False, img_height=210, img_width=160, stack_num=1)
     one = dict(num_envs=1, vectorization_mode="vector_entry_point")
     return gym.make_vec(envs.spec.id, **(envs.spec.kwargs | one | screen))
 
-
-def moments(agent, seed, steps, games):
+def moments(agent, steps, games):
     """Yields a Moment for each agent step, until so many steps or games have been played."""
-    seeds, envs, screens = agent.script.seeds, agent.envs, in_colour(agent.envs.envs)
-    generator, game, rewards = torch.Generator(), 1, (0, 0)
-    generator.manual_seed(int(seeds(seed, agent.step, "evaluation noise", 1)[0]))
-    start = seeds(seed, agent.step, "evaluation", 1)
-    s, (screen, info) = envs.reset(start), screens.reset(seed=start)
+    run, envs, screens, rewards = agent.run, agent.envs, in_color(agent.envs.envs), (0, 0)
+    seeds = run.seeds(b"evaluation", 1)
+    obs, (screen, info) = envs.reset(seeds), screens.reset(seed=seeds)
+    torch.manual_seed(run.seeds(b"evaluation noise")[0])
     for t in range(steps + 1):
         frames = int(envs.frame[0]), int(info["episode_frame_number"][0])
         if frames[0] != frames[1] or rewards[0] != rewards[1]:
             raise RuntimeError(f"the screen is not that of the game after {t} agent steps: "
                                f"frames {frames}, rewards {rewards}")
-        if t == steps or game > games:
+        ended = len(envs.ended)
+        if t == steps or ended == games:
             return
-        with torch.no_grad():
-            a, pi, V = agent.decide(torch.from_numpy(s), generator)
-        seen = s[0], screen[0, 0], float(V), pi[0].numpy(), float(torch.special.entr(pi).sum())
-        s, reward, *_ = envs.step(a.numpy())
+        a = agent.act(obs, torch.empty(1, envs.n_actions).exponential_())
+        seen = obs[0].numpy(), screen[0, 0], *opinion(agent, obs), int(a)
+        envs.send(a)
+        obs, reward, *_ = envs.recv()
         screen, same, *_, info = screens.step(a.numpy())
-        rewards = int(reward[0]), int(same[0])
-        score, length = envs.ended[0][1:3] if envs.ended else (envs.score[0], envs.length[0])
-        yield Moment(*seen, int(a), float(score), int(length), game)
-        game += len(envs.ended)
-
+        rewards, over = (int(reward[0]), int(same[0])), len(envs.ended) > ended
+        score, length = envs.ended[-1][1:] if over else (envs.score[0], envs.length[0])
+        yield Moment(*seen, float(score), int(length), ended + 1, over)
 
 # === the film ===
 GROUND, GRID, DIM, TEXT = (22, 24, 29), (52, 56, 64), (150, 155, 165), (232, 234, 238)
@@ -168,22 +135,21 @@ BAR, TAKEN, CURVE = (84, 132, 190), (255, 160, 64), (120, 200, 150)
 WIDTH, HEIGHT, MARGIN, TOP = 680, 508, 12, 74  # lengths are in pixels of a film with --scale 2
 LEFT, RIGHT = 2 * MARGIN + 320, WIDTH - MARGIN  # of what stands beside the screen
 
-
 class Film:
     """Draws Moments, one after another."""
-
     def __init__(self, agent, scale):
         from PIL import Image, ImageDraw, ImageFont
-        self.Image, self.ImageDraw, args = Image, ImageDraw, agent.args
+        self.Image, self.ImageDraw, args = Image, ImageDraw, agent.run.args
         self.scale, self.k = scale, scale / 2
         self.font = {n: ImageFont.load_default(n * self.k) for n in (11, 13, 20)}
         self.size = WIDTH * scale // 2, HEIGHT * scale // 2
-        self.game = args.env_id.removeprefix("ALE/")[:-3]
+        self.game = args.env_id[4:-3]
         self.names = [action.name for action in agent.envs.envs.ale.get_action_set()]
         arm = [f"{name} {getattr(args, name)}" for name in ARM if hasattr(args, name)
                and not (name == "tau" and getattr(args, "backup", "") == "hard")]
-        self.about = (f"{agent.script.__name__}: {', '.join(arm)}", f"after {agent.step:,} agent "
-                      f"steps of training, seed {args.seed}; acts: {agent.acts}")
+        acts = f"epsilon-greedily, {args.eval_epsilon:g}" if "backup" in vars(args) else "by pi"
+        self.about = (f"{agent.script.__name__}: {', '.join(arm)}", f"after {agent.run.step:,} "
+                      f"agent steps of training, seed {agent.seed}; acts {acts}")
         self.V, self.entropy = [], []  # so far
 
     def picture(self, moment):
@@ -198,7 +164,7 @@ class Film:
         for i, line in enumerate(self.about):
             self.text(MARGIN, 34 + 16 * i, line, DIM)
         self.V.append(moment.V)
-        self.entropy.append(moment.entropy)
+        self.entropy.append(float(-np.sum(moment.pi * np.log(np.maximum(moment.pi, 1e-30)))))
         low, high = min(self.V), max(self.V)
         slack = max(0.0, 0.1 - (high - low)) / 2  # or a V that hardly moves would fill its frame
         middle = self.bars(moment) + MARGIN
@@ -208,22 +174,22 @@ class Film:
                    0, math.log(len(moment.pi)))
         return picture
 
-    def text(self, x, y, text, colour, size=13, anchor="la"):
-        self.draw.text((x * self.k, y * self.k), text, colour, self.font[size], anchor)
+    def text(self, x, y, text, color, size=13, anchor="la"):
+        self.draw.text((x * self.k, y * self.k), text, color, self.font[size], anchor)
 
-    def box(self, x0, y0, x1, y1, colour):
+    def box(self, x0, y0, x1, y1, color):
         x0, y0, x1, y1 = (round(x * self.k) for x in (x0, y0, x1, y1))
         if x1 > x0:
-            self.draw.rectangle((x0, y0, x1 - 1, y1 - 1), colour)
+            self.draw.rectangle((x0, y0, x1 - 1, y1 - 1), color)
 
     def bars(self, moment):
         """pi(. | s), a row for each action; returns where the rows end."""
         self.text(LEFT, TOP - 2, "policy pi(a | s)", DIM)
         row, x0, x1 = min(24, 252 / len(self.names)), LEFT + 112, RIGHT - 38
         for i, (name, p) in enumerate(zip(self.names, moment.pi.tolist())):
-            y, colour = TOP + 18 + i * row, TAKEN if i == moment.a else TEXT
-            self.text(LEFT + 10, y + row / 2, name, colour, 11, "lm")
-            self.text(RIGHT, y + row / 2, f"{p:.3f}", colour, 11, "rm")
+            y, color = TOP + 18 + i * row, TAKEN if i == moment.a else TEXT
+            self.text(LEFT + 10, y + row / 2, name, color, 11, "lm")
+            self.text(RIGHT, y + row / 2, f"{p:.3f}", color, 11, "rm")
             self.box(x0, y + 2, x1, y + row - 2, GRID)
             self.box(x0, y + 2, x0 + (x1 - x0) * p, y + row - 2, TAKEN if i == moment.a else BAR)
             if i == moment.a:
@@ -245,7 +211,6 @@ class Film:
         points = [(x * self.k, y * self.k) for x, y in points]
         self.draw.line(points, CURVE, round(2 * self.k), "curve")
 
-
 def write(pictures, size, out, fps):
     """Writes the pictures, an iterator, to a .gif or .mp4."""
     if out.suffix == ".mp4":
@@ -263,57 +228,50 @@ def write(pictures, size, out, fps):
         durations = [b - a for a, b in zip(ends, ends[1:])]
         first.save(out, save_all=True, append_images=rest, duration=durations, loop=0)
 
-
 # === the command line ===
 def check(args):
-    """Raises Refused on flags that make no sense or need what is not installed."""
+    """Raises ValueError on flags that make no sense or need what is not installed."""
     for name, (low, high) in LIMITS.items():
         if not low <= (value := getattr(args, name)) <= high:  # NaN fails this too
-            raise Refused(f"--{name} {value} is not between {low:,} and {high:,}")
+            raise ValueError(f"--{name} {value} is not between {low:,} and {high:,}")
     suffix = Path(args.out).suffix if args.out else ".gif"
     if suffix not in (".gif", ".mp4"):
-        raise Refused(f"--out {args.out}: a name that ends in .gif or .mp4 is needed")
+        raise ValueError(f"--out {args.out}: a name that ends in .gif or .mp4 is needed")
     if suffix == ".gif" and args.seconds > LONGEST_GIF:
-        raise Refused(f"--seconds {args.seconds:g}: a GIF is at most {LONGEST_GIF} long; use .mp4")
-    if not importlib.util.find_spec("PIL"):
-        raise Refused("drawing needs a package: pip install pillow")
-    if suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
-        raise Refused(f"--out {args.out} needs a package: pip install imageio-ffmpeg")
-
+        raise ValueError(f"--seconds {args.seconds:g}: a GIF is at most {LONGEST_GIF} long")
+    for module, package, needed in (("PIL", "pillow", True),
+                                    ("imageio_ffmpeg", "imageio-ffmpeg", suffix == ".mp4")):
+        if needed and not importlib.util.find_spec(module):
+            raise ValueError(f"a {suffix} needs a package: pip install {package}")
 
 def watch(args):
     """Writes the film; returns its path and the last Moment of each game."""
     check(args)
-    agent = read_agent(args.checkpoint)
+    agent, last = read_agent(args.run, args.seed), {}
     film = Film(agent, args.scale)
-    out = Path(args.out or f"{film.game}_{agent.script.__name__}_seed{args.seed}.gif")
-    try:
-        out.touch()  # rather than after the game
-    except OSError as e:
-        raise Refused(f"--out: cannot write to {out} ({e.strerror})") from e
-    steps = round(args.seconds * STEPS_PER_SECOND)
-    last = {}  # of each game
+    out = Path(args.out or Path(args.run, f"step{agent.run.step}_seed{args.seed}.gif"))
+    out.touch()  # an error comes now rather than after the game
 
     def pictures():
-        for moment in moments(agent, args.seed, steps, args.games):
+        for moment in moments(agent, round(args.seconds * STEPS_PER_SECOND), args.games):
             last[moment.game] = moment
             yield film.picture(moment)
 
     write(pictures(), film.size, out, args.fps)
     for game, moment in last.items():
-        print(f"game {game}: score {moment.score:,.0f} after {moment.length:,} agent steps")
+        score = f"{moment.score:,.0f} after {moment.length:,} agent steps"
+        print(f"game {game}: score {score}" if moment.over else
+              f"game {game}, cut off by --seconds {args.seconds:g}: {score}, no final score")
     print(f"wrote {out}")
     return out, list(last.values())
-
 
 def main():
     """The command line."""
     try:
         watch(tyro.cli(Args, description=__doc__))
-    except tuple(script.Refused for script in SCRIPTS.values()) as e:
+    except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

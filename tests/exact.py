@@ -3,14 +3,12 @@ import itertools
 
 import torch
 
-
 class MDP:
     """S states, A actions; after a step that ends the game the next state is the next game's first.
 
     p (S, A, S) transition probabilities, r (S, A) rewards, ends (S, A) 1 where the game ends,
     log_pi_bar (S, A) a reference policy that is not uniform, start (S,) first-state probabilities.
     """
-
     def __init__(self, seed, S=3, A=2, endings=True):
         self.S, self.A = S, A
         g = torch.Generator().manual_seed(seed)
@@ -30,10 +28,8 @@ class MDP:
                 probability = probability * policy[s, a] * self.p[s, a, s_next]
             yield probability, torch.tensor(states), torch.tensor(actions)
 
-
 class Model:
     """log pi (S, A) and V (S,) of a small network with a shared trunk, on one-hot states."""
-
     def __init__(self, mdp, seed, hidden=5):
         g = torch.Generator().manual_seed(seed)
         shapes = (mdp.S, hidden), (hidden, mdp.A), (hidden, 1)

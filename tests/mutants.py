@@ -28,9 +28,7 @@ SKIP = ("real", "game", "resum", "memory", "replay", "train", "killed", "signal"
 SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "**": "*", ">": "<", "<": ">", ">=": "<",
          "0": "1", "1": "2", "0.0": "1.0", "0.5": "1.5", "2": "3", "min": "max", "max": "min",
          "maximum": "minimum", "mean": "sum", "sum": "mean"}
-DROPPED = {"tau": "1.0", "gamma": "1.0", "eps": "1.0", "c": "1.0", "terminated": "(0 * terminated)",
-           "truncated": "(0 * truncated)", "ends": "(0 * ends)", "weight": "(0 * weight + 1)"}
-
+DROPPED = {"tau": "1.0", "gamma": "1.0", "eps": "1.0", "c": "1.0", "done": "(0 * done)"}
 
 def mutants(source):
     """Yields (line number, line, mutated source) for each change within functions of the paper."""
@@ -60,7 +58,6 @@ def mutants(source):
             changed = line[:start] + new + line[stop:]
             yield row, changed.strip(), "".join([*lines[:row - 1], changed, *lines[row:]])
 
-
 def survives(script, source):
     """Whether the tests pass with the mutated source in place of the script, in a fork."""
     pid = os.fork()
@@ -87,7 +84,6 @@ def survives(script, source):
     finally:
         os._exit(int(code))
 
-
 def main(script, start="1"):
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
@@ -108,7 +104,6 @@ def main(script, start="1"):
             print(f"{i}: {script}.py:{row}: {line}", flush=True)
         print(f"{i} of {len(found)}, {alive} survived", end="\r", file=sys.stderr, flush=True)
     print(f"mutants {start} to {len(found)} of {script}.py: {alive} survived")
-
 
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]) if sys.argv[1:] else __doc__)

@@ -8,28 +8,33 @@ import torch
 import a2c_naive
 import a2c_proper
 from exact import MDP, Model
+from util import tiny
 
 TAU, GAMMA, C = 0.3, 0.9, 0.5
 pytestmark = pytest.mark.usefixtures("double")
 
-
-def random_rollout(seed, T=7, N=4, A=3):
-    """Random tensors with every kind of ending inside the rollout; the arguments of losses()."""
+def draws(seed, T=7, N=4, A=3):
+    """Random tensors with every kind of ending inside the rollout."""
     g = torch.Generator().manual_seed(seed)
     log_pi = torch.randn(T, N, A, generator=g).log_softmax(-1)
     a = torch.randint(A, (T, N), generator=g)
-    terminated, truncated = (torch.rand(2, T, N, generator=g) < 0.25).double()
+    terminated, truncated = torch.rand(2, T, N, generator=g) < 0.25
     V, r, V_final = torch.randn(3, T, N, generator=g)
-    V_final = V_final * truncated
-    rollout = a2c_proper.Rollout(None, a, r, terminated, truncated, V_final)
     log_pi_bar = torch.randn(A, generator=g).log_softmax(-1)
-    return log_pi, V, rollout, torch.randn(N, generator=g), log_pi_bar
+    return log_pi, V, a, r, terminated, truncated, V_final, torch.randn(N, generator=g), log_pi_bar
 
+def random_rollout(seed, **sizes):
+    """The same as arguments of losses(): at a time limit gamma V_final is in r, and done is 1."""
+    log_pi, V, a, r, terminated, truncated, V_final, V_n, log_pi_bar = draws(seed, **sizes)
+    r = r + GAMMA * V_final * (truncated & ~terminated)
+    return log_pi, V, a, r, (terminated | truncated).double(), V_n, log_pi_bar
 
 @pytest.mark.parametrize("seed", range(3))
 def test_n_step_returns_is_the_sum_of_equation_54(a2c, seed):
-    _, _, (_, _, r, terminated, truncated, V_final), V_n, _ = random_rollout(seed)
-    R = a2c.n_step_returns(r, terminated, truncated, V_final, V_n, GAMMA)
+    """Where the time limit cut a game the sum ends in gamma^(d+1) V_final."""
+    *_, r, terminated, truncated, V_final, V_n, _ = draws(seed)
+    _, _, _, paid, done, _, _ = random_rollout(seed)
+    R = a2c.n_step_returns(paid, done, V_n, GAMMA)
     for t, i in np.ndindex(*r.shape):
         total, d = 0.0, 0
         while True:  # forward from t, one reward at a time
@@ -45,32 +50,26 @@ def test_n_step_returns_is_the_sum_of_equation_54(a2c, seed):
                 break
         assert abs(R[t, i] - total) < 1e-10
 
-
-def test_the_regulariser_of_the_live_state_counts_and_that_of_the_next_game_does_not():
+def test_the_regularizer_of_the_live_state_counts_and_that_of_the_next_game_does_not():
     """A game of one step has V_hat = r - tau KL; what comes after it does not matter."""
-    log_pi, V, rollout, V_n, log_pi_bar = random_rollout(0, T=3, N=1)
-    rollout = rollout._replace(terminated=torch.tensor([[1.0], [0.0], [1.0]]),
-                               truncated=torch.zeros(3, 1))
-    _, terms = a2c_proper.losses(log_pi, V, rollout, V_n, log_pi_bar, TAU, GAMMA, C)
+    log_pi, V, a, r, _, V_n, log_pi_bar = random_rollout(0, T=3, N=1)
+    done = torch.tensor([[1.0], [0.0], [1.0]])
+    _, terms = a2c_proper.losses(log_pi, V, a, r, done, V_n, log_pi_bar, TAU, GAMMA, C)
     kl = (log_pi.exp() * (log_pi - log_pi_bar)).sum(-1)
-    regular = rollout.r - TAU * kl
+    regular = r - TAU * kl
     expected = [regular[0], regular[1] + GAMMA * regular[2], regular[2]]
     assert abs(terms["V_hat"] - torch.stack(expected).mean()) < 1e-12
-
 
 def expected_gradient(script, mdp, model, n, tau, c):
     """E[gradient of losses()] over all paths of n steps, through the script's own function."""
     total = 0.0
     for probability, s, a in mdp.trajectories(n, model()[0].detach().exp()):
         log_pi, V = model()
-        here, zeros = s[:-1], torch.zeros(n, 1)
-        rollout = script.Rollout(None, a[:, None], mdp.r[here, a][:, None],
-                                 mdp.ends[here, a][:, None], zeros, zeros)
-        L, _ = script.losses(log_pi[here][:, None], V[here][:, None], rollout, V[s[-1:]],
-                             mdp.log_pi_bar[here][:, None], tau, GAMMA, c)
+        here = s[:-1]
+        path = (x[:, None] for x in (log_pi[here], V[here], a, mdp.r[here, a], mdp.ends[here, a]))
+        L, _ = script.losses(*path, V[s[-1:]], mdp.log_pi_bar[here][:, None], tau, GAMMA, c)
         total = total + probability * model.gradient(L)
     return total
-
 
 def exact_gradient(mdp, model, n, tau, c, proper, misprint=0.0):
     """The same from Eq. 79 or 80 as corrected, by dynamic programming over states.
@@ -95,7 +94,6 @@ def exact_gradient(mdp, model, n, tau, c, proper, misprint=0.0):
         at = torch.einsum("s,sa,sax->x", at, pi.detach(), mdp.p)
     return model.gradient(total)
 
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(2))
 def test_gradient_is_equation_79_or_80_on_every_state(a2c, seed, n):
@@ -109,8 +107,7 @@ def test_gradient_is_equation_79_or_80_on_every_state(a2c, seed, n):
     other = exact_gradient(mdp, model, n, TAU, C, not proper)
     assert (got - other).abs().max() > 1e-4, "naive and proper must be told apart"
 
-
-def test_undiscounted_gradient_is_that_of_the_regularised_return(a2c):
+def test_undiscounted_gradient_is_that_of_the_regularized_return(a2c):
     """Eq. 51, and Eq. 48 for the naive script: autograd through the probability of every path."""
     n, mdp = 3, MDP(7, endings=False)
     model = Model(mdp, 8)
@@ -121,18 +118,15 @@ def test_undiscounted_gradient_is_that_of_the_regularised_return(a2c):
         here = s[:-1]
         if a2c is a2c_proper:
             objective = objective + probability * (mdp.r[here, a] - TAU * kl[here]).sum()
-        else:  # the regulariser's effect on later states is left out: visits are constants
+        else:  # the regularizer's effect on later states is left out: visits are constants
             objective = objective + probability * mdp.r[here, a].sum()
             objective = objective - probability.detach() * TAU * kl[here].sum()
         log_pi_path, V = (x[here][:, None] for x in model())
-        ends, zeros = torch.zeros(n, 1), torch.zeros(n, 1)
-        ends[-1] = 1
-        rollout = a2c.Rollout(None, a[:, None], mdp.r[here, a][:, None], ends, zeros, zeros)
-        L, _ = a2c.losses(log_pi_path, V, rollout, torch.zeros(1), mdp.log_pi_bar[here][:, None],
-                          TAU, 1.0, 0.0)
+        done = torch.eye(n)[:, -1:]
+        L, _ = a2c.losses(log_pi_path, V, a[:, None], mdp.r[here, a][:, None], done,
+                          torch.zeros(1), mdp.log_pi_bar[here][:, None], TAU, 1.0, 0.0)
         expected = expected - n * probability.detach() * model.gradient(L)
     assert (model.gradient(objective) - expected).abs().max() < 1e-10
-
 
 def test_naive_is_proper_at_tau_zero_and_not_above():
     arguments = random_rollout(3)
@@ -145,116 +139,77 @@ def test_naive_is_proper_at_tau_zero_and_not_above():
         gap = (results[0] - results[1]).abs().max()
         assert gap < 1e-10 if equal else gap > 1e-3
 
-
 def test_entropy_and_kl_differ_by_a_constant_in_the_reward():
     """Proper: tau log A on every live step. Naive: nothing that has a gradient."""
     A = 3
-    log_pi, V, rollout, V_n, _ = random_rollout(4, A=A)
+    log_pi, V, a, r, done, V_n, _ = random_rollout(4, A=A)
 
     def gradient(script, r, log_pi_bar):
         logits, v = log_pi.clone().requires_grad_(), V.clone().requires_grad_()
-        L, _ = script.losses(logits.log_softmax(-1), v, rollout._replace(r=r), V_n, log_pi_bar,
-                             TAU, GAMMA, C)
+        L, _ = script.losses(logits.log_softmax(-1), v, a, r, done, V_n, log_pi_bar, TAU, GAMMA, C)
         return torch.cat([g.flatten() for g in torch.autograd.grad(L, (logits, v))])
 
-    uniform, r = torch.tensor(-math.log(A)), rollout.r
-    entropy, kl = torch.tensor(0.0), uniform
+    entropy, kl = 0.0, -math.log(A)
     naive = gradient(a2c_naive, r, entropy) - gradient(a2c_naive, r, kl)
     shifted = gradient(a2c_proper, r, entropy) - gradient(a2c_proper, r + TAU * math.log(A), kl)
     assert naive.abs().max() < 1e-12 and shifted.abs().max() < 1e-12
     assert (gradient(a2c_proper, r, entropy) - gradient(a2c_proper, r, kl)).abs().max() > 1e-3
 
-
 def test_targets_and_advantages_carry_no_gradient(a2c):
-    log_pi, V, rollout, V_n, log_pi_bar = random_rollout(5)
-    V_n, V_final = V_n.requires_grad_(), rollout.V_final.clone().requires_grad_()
-    log_pi, V = log_pi.requires_grad_(), V.requires_grad_()
-    rollout = rollout._replace(V_final=V_final)
-    L, terms = a2c.losses(log_pi, V, rollout, V_n, log_pi_bar, TAU, GAMMA, C)
-    targets = torch.autograd.grad(L, (V_n, V_final), retain_graph=True, allow_unused=True)
+    log_pi, V, a, r, done, V_n, log_pi_bar = random_rollout(5)
+    log_pi, V, r, V_n = (x.requires_grad_() for x in (log_pi, V, r, V_n))
+    L, terms = a2c.losses(log_pi, V, a, r, done, V_n, log_pi_bar, TAU, GAMMA, C)
+    targets = torch.autograd.grad(L, (V_n, r), retain_graph=True, allow_unused=True)
     assert targets == (None, None)
     policy, = torch.autograd.grad(terms["policy_loss"], V, retain_graph=True, allow_unused=True)
     assert policy is None, "the policy loss must not move V"
     value, = torch.autograd.grad(terms["value_loss"], log_pi, allow_unused=True)
     assert value is None, "the value loss must not move pi"
 
-
 def test_loss_has_the_half_and_the_weights_of_equations_85_and_86(a2c):
-    log_pi, V, rollout, V_n, log_pi_bar = random_rollout(6)
-    L, terms = a2c.losses(log_pi, V, rollout, V_n, log_pi_bar, 0.0, GAMMA, C)
-    R = a2c.n_step_returns(*rollout[2:], V_n, GAMMA)
-    log_pi_a = log_pi[torch.arange(7)[:, None], torch.arange(4), rollout.a]
+    """And its terms are means over the batch."""
+    log_pi, V, a, r, done, V_n, log_pi_bar = random_rollout(6)
+    L, terms = a2c.losses(log_pi, V, a, r, done, V_n, log_pi_bar, 0.0, GAMMA, C)
+    R = a2c.n_step_returns(r, done, V_n, GAMMA)
+    log_pi_a = log_pi[torch.arange(7)[:, None], torch.arange(4), a]
     assert abs(terms["value_loss"] - ((R - V) ** 2).mean() / 2) < 1e-12
     assert abs(terms["policy_loss"] + (log_pi_a * (R - V)).mean()) < 1e-12
     assert abs(L - terms["policy_loss"] - C * terms["value_loss"]) < 1e-12
     assert abs(terms["entropy"] + (log_pi.exp() * log_pi).sum(-1).mean()) < 1e-12
-
-
-def test_terms_are_means_over_the_batch(a2c):
-    log_pi, V, rollout, V_n, log_pi_bar = random_rollout(7)
-    _, terms = a2c.losses(log_pi, V, rollout, V_n, log_pi_bar, 0.0, GAMMA, C)
-    V_hat = a2c.n_step_returns(*rollout[2:], V_n, GAMMA)
-    for name, x in dict(V=V, V_hat=V_hat, V_hat_sq=V_hat**2, Delta=V_hat - V,
-                        Delta_sq=(V_hat - V) ** 2).items():
-        assert abs(terms[name] - x.sum() / 28) < 1e-12, name
-
+    assert abs(terms["V"] - V.sum() / 28) < 1e-12 and abs(terms["V_hat"] - R.sum() / 28) < 1e-12
+    assert terms["loss"] is L
 
 def test_sampling_follows_the_policy(a2c):
     log_pi = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    noise = a2c.gumbel_noise((200_000, 4), torch.Generator().manual_seed(0))
+    noise = torch.empty(200_000, 4).exponential_(generator=torch.Generator().manual_seed(0))
     frequency = a2c.sample(log_pi, noise).bincount(minlength=4) / 200_000
     assert (frequency - log_pi.exp()).abs().max() < 4 * math.sqrt(0.25 / 200_000)
     table = torch.tensor([[0.0, 2.0, 1.0]]).expand(2, 5, 3)  # the actions are on the last axis
-    assert torch.equal(a2c.sample(table, torch.zeros(2, 5, 3)), torch.ones(2, 5).long())
-
-
-def test_explained_variance(a2c):
-    g = torch.Generator().manual_seed(1)
-    V_hat, V = torch.randn(2, 1000, generator=g)
-    V = 0.7 * V_hat + 0.2 * V + 3
-    Delta = V_hat - V
-    row = dict(V_hat=V_hat.mean().item(), V_hat_sq=(V_hat**2).mean().item(),
-               Delta=Delta.mean().item(), Delta_sq=(Delta**2).mean().item())
-    assert abs(a2c.explained_variance(row) - (1 - Delta.var() / V_hat.var())) < 1e-9
-    assert row.keys() == {"V_hat"}
-
+    assert torch.equal(a2c.sample(table, torch.ones(2, 5, 3)), torch.ones(2, 5).long())
 
 # update size over learning rate at steps 1, 100, 500, 2000 under a constant gradient (TensorFlow 1)
 RMSPROP_TABLE = {1e-2: (0.010, 0.017, 0.12, 0.95), 1e-3: (0.0010, 0.0017, 0.012, 0.30),
                  1e-4: (1e-4, 1.7e-4, 1.2e-3, 0.032)}
 
-
 @pytest.mark.parametrize("g, expected", RMSPROP_TABLE.items())
-def test_rmsprop_is_tensorflows(a2c, g, expected):
+def test_rmsprop_is_tensorflows(g, expected):
     p = torch.nn.Parameter(torch.zeros(3))
     lr = 7e-4
-    optimizer = a2c.RMSpropTF([p], torch.tensor(lr))
+    optimizer = a2c_proper.RMSpropTF([p], lr)
     sizes, mean_square = {}, 1.0
     for step in range(1, 2001):
         before, p.grad = p.detach().clone(), torch.full((3,), g)
-        optimizer.step(torch.tensor(True))
+        optimizer.step()
         mean_square += (g * g - mean_square) * (1 - 0.99)
         sizes[step] = ((before - p.detach()) / lr)[0].item()
         assert abs(sizes[step] - g / math.sqrt(mean_square + 1e-5)) < 1e-10
     for step, size in zip((1, 100, 500, 2000), expected):
         assert abs(sizes[step] / size - 1) < 0.06  # the table has two digits
 
-
-def test_rmsprop_leaves_everything_alone_when_the_update_is_not_finite(a2c):
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = a2c.RMSpropTF([p], torch.tensor(0.1))
-    p.grad = torch.ones(3)
-    optimizer.step(torch.tensor(True))
-    before, state = p.detach().clone(), optimizer.state[p]["mean_square"].clone()
-    p.grad = torch.tensor([math.nan, math.inf, 1.0])
-    optimizer.step(torch.tensor(False))
-    assert torch.equal(p, before) and torch.equal(optimizer.state[p]["mean_square"], state)
-
-
-def test_network_initialisation_and_shapes(a2c):
+def test_network_initialization_and_shapes():
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    net = a2c.ActorCritic(6)
+    net = a2c_proper.ActorCritic(6)
     layers = [m for m in net.modules() if hasattr(m, "weight")]
     assert [tuple(m.weight.shape) for m in layers] == [
         (32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (6, 512), (1, 512)]
@@ -269,3 +224,31 @@ def test_network_initialisation_and_shapes(a2c):
     h = net.trunk(obs[1, 2:].float() / 255)
     assert torch.allclose(V[1, 2], net.V(h).squeeze(), atol=1e-5)
     assert torch.allclose(log_pi[1, 2].exp(), net.pi(h)[0].softmax(-1), atol=1e-5)
+
+def test_a_time_limit_pays_the_value_of_the_last_observation_with_the_reward(a2c, tmp_path,
+                                                                             monkeypatch):
+    """In the first 30 steps of Pong nobody scores: no other reward is there."""
+    torch.set_default_dtype(torch.float32)
+    nets, paid, cuts = [], [], 0
+    build, recv, losses = a2c.ActorCritic.__init__, a2c.Atari.recv, a2c.losses
+
+    def received(self):
+        *step, last = recv(self)
+        if last is not None:
+            paid.append(0.99 * nets[0](last)[1].detach())
+        return *step, last
+
+    def watched(log_pi, V, a, r, done, *rest):
+        nonlocal cuts
+        assert torch.equal(r != 0, done > 0) and not r.requires_grad
+        assert not paid or torch.equal(r[done > 0], torch.cat(paid))
+        paid.clear()
+        cuts += done.sum()
+        return losses(log_pi, V, a, r, done, *rest)
+
+    monkeypatch.setattr(a2c.ActorCritic, "__init__", lambda self, n: nets.append(self) or build(
+        self, n))
+    monkeypatch.setattr(a2c.Atari, "recv", received)
+    monkeypatch.setattr(a2c, "losses", watched)
+    a2c.train(tiny(a2c, tmp_path, env_id="ALE/Pong-v5", max_episode_frames=120))
+    assert cuts == 2 * 6

@@ -18,17 +18,15 @@ import natural_pg_damped as npg
 import pgql_equiv
 import soft_dqn
 from conftest import SCRIPTS
-from test_run import rows, tiny
+from util import rows, trained
 
 examples = settings(max_examples=60, derandomize=True, database=None, deadline=None)
 WITH_KL = [importlib.import_module(name) for name in SCRIPTS]
 WITH_RETURNS = [a2c_naive, a2c_proper, pgql_equiv]
 each = pytest.mark.parametrize
 
-
 class Case(SimpleNamespace):
     """Sizes, tau, gamma, the convention, and random numbers of a size and a type."""
-
     def normal(self, *shape, scale=None):
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return (x * (self.scale if scale is None else scale)).to(self.dtype)
@@ -45,13 +43,10 @@ class Case(SimpleNamespace):
         signs = self.normal(*shape, scale=1).sign()
         return torch.full_like(signs, self.scale) if self.constant else signs * self.scale
 
-    def rollout(self, script):
-        """A Rollout, and V_n (N,)."""
-        terminated, truncated = self.mask(self.T, self.N), self.mask(self.T, self.N)
-        truncated = truncated * (1 - terminated)
-        V_final = self.normal(self.T, self.N) * truncated
+    def rollout(self):
+        """a, r, done (T, N), and V_n (N,)."""
         a, r = self.actions(self.T, self.N), self.rewards(self.T, self.N)
-        return script.Rollout(None, a, r, terminated, truncated, V_final), self.normal(self.N)
+        return a, r, self.mask(self.T, self.N), self.normal(self.N)
 
     def network(self):
         """log pi (T, N, A) and V (T, N) with the leaves that they depend on."""
@@ -70,7 +65,6 @@ class Case(SimpleNamespace):
         again.generator.manual_seed(self.seed)
         return again
 
-
 @st.composite
 def cases(draw, A=None):
     A = A or draw(st.sampled_from([1, 2, 3, 18]))
@@ -85,10 +79,8 @@ def cases(draw, A=None):
     case.log_pi_bar = torch.full((A,), -math.log(A) if kl else 0.0, dtype=dtype)
     return case.like(dtype)
 
-
 def finite(*tensors):
     return all(bool(x.isfinite().all()) for x in tensors)
-
 
 # --- V_Q and the Boltzmann policy ---
 @examples
@@ -105,7 +97,6 @@ def test_the_soft_maximum_lies_between_its_bounds(case):
     mean = Q.mean(-1) + (0 if case.kl else width)  # Jensen
     assert (V >= mean - 8 * torch.finfo(case.dtype).eps * (Q.abs().max() + width)).all()
 
-
 @examples
 @given(cases(), st.sampled_from([-1e6, -1.0, 0.5, 1e6]))
 def test_the_soft_maximum_moves_and_scales_with_Q(case, k):
@@ -117,7 +108,6 @@ def test_the_soft_maximum_moves_and_scales_with_Q(case, k):
     scaled = soft_dqn.soft_value(s * Q, case.log_pi_bar, s * case.tau)
     assert case.near(scaled, s * V, s * Q, s * case.tau * math.log(case.A))
     assert case.near(soft_dqn.boltzmann(s * Q, case.log_pi_bar, s * case.tau), pi, Q / case.tau)
-
 
 @examples
 @given(cases(), st.sampled_from([1e-6, 1.0, 1e6]))
@@ -131,7 +121,6 @@ def test_the_soft_maximum_rises_with_Q_and_with_tau(case, step):
     assert (higher >= V - slack).all() and (higher <= V + step + slack).all()
     warmer = soft_dqn.soft_value(Q, 0 * case.log_pi_bar, 2 * case.tau)
     assert (warmer >= soft_dqn.soft_value(Q, 0 * case.log_pi_bar, case.tau) - slack).all()
-
 
 @examples
 @given(cases())
@@ -149,7 +138,6 @@ def test_the_boltzmann_policy_is_a_policy_and_has_its_Q(case):
     assert ((gradient - log_pi.exp()).abs() <= slack).all()
     assert finite(gradient, *torch.autograd.grad(log_pi.square().sum(), Q))
 
-
 @each("script", WITH_KL, ids=SCRIPTS)
 @examples
 @given(cases())
@@ -165,10 +153,9 @@ def test_divergence_and_entropy_have_their_bounds(script, case):
     assert case.near(uniform + entropy, torch.full_like(uniform, math.log(case.A)), 1)
     assert (script.kl_divergence(log_pi, log_pi) == 0).all()
 
-
 @examples
 @given(cases())
-def test_the_q_parameterisation_is_the_boltzmann_policy_of_soft_dqn(case):
+def test_the_q_parameterization_is_the_boltzmann_policy_of_soft_dqn(case):
     Q = case.normal(4, case.A).requires_grad_()
     log_pi, V = pgql_equiv.policy_and_value(Q, case.log_pi_bar, case.tau)
     assert case.near(V, soft_dqn.soft_value(Q, case.log_pi_bar, case.tau))
@@ -176,7 +163,6 @@ def test_the_q_parameterisation_is_the_boltzmann_policy_of_soft_dqn(case):
     gradient, = torch.autograd.grad(V.sum(), Q)  # here ties do not matter: the top is held fixed
     slack = 64 * torch.finfo(case.dtype).eps * (1 + (Q.max(-1, True)[0] - Q).abs() / case.tau)
     assert ((gradient - log_pi.exp()).abs() <= slack).all()
-
 
 @examples
 @given(cases())
@@ -186,66 +172,61 @@ def test_float32_agrees_with_float64(case):
     for dtype in (torch.float64, torch.float32):
         x = case.like(torch.float32)  # the same numbers, rounded once
         Q, r = (y.to(dtype) for y in (x.normal(x.T, x.N, x.A), x.rewards(x.T, x.N)))
-        terminated, truncated = (x.mask(x.T, x.N).to(dtype) for _ in "12")
-        bar, V_n = torch.full((x.A,), float(x.log_pi_bar[0])).to(dtype), x.normal(x.N).to(dtype)
+        done, V_n = (y.to(dtype) for y in (x.mask(x.T, x.N), x.normal(x.N)))
+        bar = torch.full((x.A,), float(x.log_pi_bar[0])).to(dtype)
         fixed = bar, x.tau
         log_pi = soft_dqn.boltzmann(Q, *fixed)
         results.append((
             soft_dqn.soft_value(Q, *fixed), x.tau * log_pi, x.tau * log_pi.exp(),
-            soft_dqn.targets(r, terminated, truncated, Q, *fixed, x.gamma) / (x.T + 1),
-            a2c_proper.n_step_returns(r, terminated, truncated, 0 * r, V_n, x.gamma) / (x.T + 1)))
+            soft_dqn.targets(r, done, Q, *fixed, x.gamma) / (x.T + 1),
+            a2c_proper.n_step_returns(r, done, V_n, x.gamma) / (x.T + 1)))
     size = case.scale * 5 + case.tau * (1 + math.log(case.A))
     for wide, narrow in zip(*results):
         assert wide.dtype == torch.float64 and narrow.dtype == torch.float32
         # pi is as exact as Q / tau, and where that is large, pi is 0 or 1
         assert (wide - narrow).abs().max() <= 64 * torch.finfo(torch.float32).eps * size
 
-
 # --- targets of soft_dqn ---
 def q_targets(case, n, **changed):
     """targets() of random stored transitions, and what went into it."""
-    x = dict(r=case.rewards(n, 4), terminated=case.mask(n, 4), truncated=case.mask(n, 4),
-             Q=case.normal(n, 4, case.A), log_pi_bar=case.log_pi_bar, tau=case.tau,
-             gamma=case.gamma) | changed
+    x = dict(r=case.rewards(n, 4), done=case.mask(n, 4), Q=case.normal(n, 4, case.A),
+             log_pi_bar=case.log_pi_bar, tau=case.tau, gamma=case.gamma) | changed
     return soft_dqn.targets(**x), x
-
 
 @examples
 @given(cases())
 def test_targets_are_finite_and_end_where_the_game_does(case):
     y, x = q_targets(case, case.T)
     assert finite(y)
-    ends = torch.maximum(x["terminated"], x["truncated"])
-    gone = ends.cumsum(0) - ends > 0  # (n, B) rewards behind an end
+    done = x["done"]
+    gone = done.cumsum(0) - done > 0  # (n, B) rewards behind an end
     r = torch.where(gone, 1e6, x["r"])
     Q = torch.where(gone.unsqueeze(-1), -1e6, x["Q"])
     assert torch.equal(soft_dqn.targets(**x | dict(r=r, Q=Q)), y)
-    over = dict(terminated=torch.ones_like(ends))
+    over = dict(done=torch.ones_like(done))
     assert torch.equal(soft_dqn.targets(**x | over), x["r"][0])
     assert torch.equal(soft_dqn.targets(**x | dict(gamma=0.0)), x["r"][0])
-
 
 @examples
 @given(cases())
 def test_targets_add_up_rewards_and_the_soft_maximum(case):
     """Hard: discounted rewards and max Q. One step: r + gamma V_Q. One action: soft is hard."""
     no = torch.zeros(case.T, 4, dtype=case.dtype)
-    y, x = q_targets(case, case.T, terminated=no, truncated=no, tau=0)
+    y, x = q_targets(case, case.T, done=no, tau=0)
     discounts = case.gamma ** torch.arange(case.T + 1, dtype=case.dtype)
     total = (discounts[:-1, None] * x["r"]).sum(0) + discounts[-1] * x["Q"][-1].max(-1).values
     assert case.near(y, total, case.T * case.scale, x["Q"])
     y, x = q_targets(case, 1)
     V = soft_dqn.soft_value(x["Q"][0], case.log_pi_bar, case.tau)
-    assert case.near(y, x["r"][0] + case.gamma * (1 - x["terminated"][0]) * V, x["r"], V)
+    assert case.near(y, x["r"][0] + case.gamma * (1 - x["done"][0]) * V, x["r"], V)
     if case.A == 1:
         soft, x = q_targets(case, case.T)
         assert torch.equal(soft, soft_dqn.targets(**x | dict(tau=0)))
-    both = [q_targets(case.like(case.dtype), case.T, terminated=no, truncated=no,
+    both = [q_targets(case.like(case.dtype), case.T, done=no,
                       log_pi_bar=torch.full_like(case.log_pi_bar, constant))[0]
             for constant in (0.0, -math.log(case.A))]  # differ by tau log A in each later state
     lived = case.tau * math.log(case.A) * discounts[1:].sum()
     assert case.near(both[0] - both[1], lived.expand(4), case.T * (5 * case.scale + lived))
-
 
 @examples
 @given(cases(), st.sampled_from([1e-6, 1.0, 1e6]))
@@ -257,98 +238,80 @@ def test_targets_rise_with_rewards_and_scale_with_them(case, k):
     size = k * case.T * (5 * case.scale + 3 * case.tau)
     assert case.near(soft_dqn.targets(**scaled), k * y, size)
 
-
 @each("kind", ["square", "huber"])
 @examples
 @given(cases())
 def test_q_loss_and_its_gradient(kind, case):
-    """Not negative, 0 at the target, blind to other actions and to samples of weight 0."""
+    """Not negative, 0 at the target, blind to other actions; Huber's clips the error at 1."""
     Q, a, y = case.normal(8, case.A).requires_grad_(), case.actions(8), case.normal(8)
-    weight = case.mask(8)
-    L = soft_dqn.loss(Q, a, y, weight, kind)
+    L = soft_dqn.loss(Q, a, y, kind)
     gradient, = torch.autograd.grad(L, Q)
     assert finite(L, gradient) and L >= 0 and L.dtype == case.dtype
     chosen = torch.nn.functional.one_hot(a, case.A).bool()
-    assert (gradient[~chosen] == 0).all() and (gradient[weight == 0] == 0).all()
-    error = (Q.detach()[chosen] - y) * weight / weight.sum().clamp(min=1)
-    bound = error if kind == "square" else error.sign() * torch.minimum(
-        error.abs(), weight / weight.sum().clamp(min=1))
-    assert case.near(gradient[chosen], bound, 1e-30)
+    assert (gradient[~chosen] == 0).all()
+    error = Q.detach()[chosen] - y
+    bound = error if kind == "square" else error.clamp(-1, 1)
+    assert case.near(gradient[chosen], bound / 8, 1e-30)
     at_target = Q.detach().gather(-1, a.unsqueeze(-1)).squeeze(-1)
-    assert soft_dqn.loss(Q, a, at_target, weight, kind) == 0
-    square = soft_dqn.loss(Q, a, y, weight, "square")
+    assert soft_dqn.loss(Q, a, at_target, kind) == 0
+    square = soft_dqn.loss(Q, a, y, "square")
     assert L <= square * (1 + 8 * torch.finfo(case.dtype).eps)
-    assert soft_dqn.loss(Q, a, y, 0 * weight, kind) == 0
-
 
 @examples
 @given(cases())
 def test_actions_are_actions(case):
     """Also at a temperature that leaves one action, and with every Q the same."""
-    Q, g = case.normal(16, case.A), torch.Generator().manual_seed(case.seed)
-    noise = case.normal(16, case.A, scale=1)
-    drawn = [soft_dqn.boltzmann_sample(Q, case.tau, g), soft_dqn.epsilon_greedy(Q, 0.5, g)]
+    Q = case.normal(16, case.A)
+    noise = torch.empty_like(Q).exponential_(generator=case.generator)
+    drawn = [soft_dqn.boltzmann_sample(Q, case.tau, noise), soft_dqn.epsilon_greedy(Q, 0.5, noise)]
     drawn += [script.sample(Q.log_softmax(-1), noise) for script in (*WITH_RETURNS, npg)]
     for a in drawn:
         assert a.dtype == torch.int64 and a.shape == (16,) and 0 <= a.min() <= a.max() < case.A
-    assert torch.equal(soft_dqn.epsilon_greedy(Q, 0.0, g), Q.argmax(-1))
-
+    assert torch.equal(soft_dqn.epsilon_greedy(Q, 0.0, noise), Q.argmax(-1))
 
 # --- returns ---
-def returns(script, case):
-    x, V_n = case.rollout(script)
-    return script.n_step_returns(*x[2:], V_n, case.gamma), x, V_n
-
-
 @each("script", WITH_RETURNS, ids=lambda s: s.__name__)
 @examples
 @given(cases())
 def test_returns_at_the_ends_of_their_range(script, case):
     """gamma = 0 or a lost game: the reward. gamma = 1, no end: their sum and V_n."""
-    R, x, V_n = returns(script, case)
-    one, no = torch.ones_like(x.r), torch.zeros_like(x.r)
-    assert finite(R)
-    assert torch.equal(script.n_step_returns(*x[2:], V_n, 0.0), x.r)
-    assert torch.equal(script.n_step_returns(x.r, one, no, no, V_n, case.gamma), x.r)
-    cut = script.n_step_returns(x.r, no, one, x.V_final, V_n, case.gamma)
-    assert case.near(cut, x.r + case.gamma * x.V_final)
-    total = script.n_step_returns(x.r, no, no, no, V_n, 1.0)
-    assert case.near(total, x.r.flip(0).cumsum(0).flip(0) + V_n, case.T * case.scale, V_n)
-
+    _, r, done, V_n = case.rollout()
+    one, no = torch.ones_like(r), torch.zeros_like(r)
+    assert finite(script.n_step_returns(r, done, V_n, case.gamma))
+    assert torch.equal(script.n_step_returns(r, done, V_n, 0.0), r)
+    assert torch.equal(script.n_step_returns(r, one, V_n, case.gamma), r)
+    total = script.n_step_returns(r, no, V_n, 1.0)
+    assert case.near(total, r.flip(0).cumsum(0).flip(0) + V_n, case.T * case.scale, V_n)
 
 @each("script", WITH_RETURNS, ids=lambda s: s.__name__)
 @examples
 @given(cases(), st.integers(0, 5))
 def test_returns_look_ahead_only_and_not_past_an_end(script, case, t):
-    R, x, V_n = returns(script, case)
-    t = min(t, case.T - 1)
-    r = x.r.clone()
-    r[t] += 1e6
-    changed = script.n_step_returns(r, *x[3:], V_n, case.gamma) - R
+    _, r, done, V_n = case.rollout()
+    t, more = min(t, case.T - 1), r.clone()
+    more[t] += 1e6
+    changed = (script.n_step_returns(more, done, V_n, case.gamma)
+               - script.n_step_returns(r, done, V_n, case.gamma))
     slack = 64 * torch.finfo(case.dtype).eps * case.T * (5 * case.scale + 1e6)
-    ends = torch.maximum(x.terminated, x.truncated)
     assert (changed[t + 1:] == 0).all()
     assert ((changed[t] - 1e6).abs() <= slack).all()
     for before in range(t):
-        reach = case.gamma ** (t - before) * (1 - ends[before:t]).prod(0)
+        reach = case.gamma ** (t - before) * (1 - done[before:t]).prod(0)
         assert ((changed[before] - 1e6 * reach).abs() <= slack).all()
-
 
 @examples
 @given(cases())
 def test_one_step_errors_add_up_to_the_n_step_returns(case):
     """advantages(n >= T) of natural_pg_damped and n_step_returns of a2c_proper: V + Delta."""
-    x, V_n = case.rollout(a2c_proper)
+    _, r, done, V_n = case.rollout()
     V, KL = torch.cat([case.normal(case.T, case.N), V_n[None]]), case.normal(case.T, case.N).abs()
-    delta = npg.td_errors(x.r, KL, x.terminated, x.truncated, V, x.V_final, case.tau, case.gamma)
-    ends = torch.maximum(x.terminated, x.truncated)
-    Delta = npg.advantages(delta, ends, case.gamma, case.T + 3)
-    R = a2c_proper.n_step_returns(x.r - case.tau * KL, *x[3:], V_n, case.gamma)
+    delta = npg.td_errors(r, KL, done, V, case.tau, case.gamma)
+    Delta = npg.advantages(delta, done, case.gamma, case.T + 3)
+    R = a2c_proper.n_step_returns(r - case.tau * KL, done, V_n, case.gamma)
     size = case.T * 10 * case.scale * (1 + case.tau)
     assert finite(delta, Delta) and case.near(V[:-1] + Delta, R, size)
-    assert torch.equal(npg.advantages(delta, ends, case.gamma, 1), delta)
-    assert torch.equal(npg.advantages(delta, ends, 0.0, case.T), delta)
-
+    assert torch.equal(npg.advantages(delta, done, case.gamma, 1), delta)
+    assert torch.equal(npg.advantages(delta, done, 0.0, case.T), delta)
 
 # --- losses of the policy gradient scripts ---
 @each("script", [a2c_naive, a2c_proper], ids=lambda s: s.__name__)
@@ -357,33 +320,27 @@ def test_one_step_errors_add_up_to_the_n_step_returns(case):
 def test_a2c_losses_and_gradients_are_finite(script, case):
     """With one action there is nothing to learn for the policy. The entropy has its bounds."""
     log_pi, V, leaves = case.network()
-    x, V_n = case.rollout(script)
-    L, terms = script.losses(log_pi, V, x, V_n, case.log_pi_bar, case.tau, case.gamma, 0.5)
+    L, terms = script.losses(log_pi, V, *case.rollout(), case.log_pi_bar, case.tau, case.gamma, 0.5)
     gradients = torch.autograd.grad(L, leaves)
     assert finite(L, *terms.values(), *gradients) and L.dtype == case.dtype
     assert case.near(L, terms["policy_loss"] + 0.5 * terms["value_loss"])
     assert -1e-5 <= terms["entropy"] <= math.log(case.A) + 1e-5 and terms["value_loss"] >= 0
     if case.A == 1:
         assert (gradients[0] == 0).all()
-    Delta_sq = terms["Delta_sq"].detach()
-    assert case.near(2 * terms["value_loss"].detach(), Delta_sq)
-
 
 @examples
 @given(cases())
 def test_uniform_reference_costs_a_constant_reward(case):
     """The KL form is the entropy form with rewards less tau log A, value and gradients."""
     log_pi, V, leaves = case.network()
-    x, V_n = case.rollout(a2c_proper)
+    a, r, done, V_n = case.rollout()
     cost = case.tau * math.log(case.A)
     results = []
-    for bar, r in ((-math.log(case.A), x.r), (0.0, x.r - cost)):
-        L, terms = a2c_proper.losses(log_pi, V, x._replace(r=r), V_n,
-                                     torch.tensor(bar, dtype=case.dtype), case.tau, case.gamma, 0.5)
+    for bar, paid in ((-math.log(case.A), r), (0.0, r - cost)):
+        L, terms = a2c_proper.losses(log_pi, V, a, paid, done, V_n, bar, case.tau, case.gamma, 0.5)
         results.append([terms["V_hat"], *torch.autograd.grad(L, leaves, retain_graph=True)])
-    for a, b in zip(*results):
-        assert case.near(a, b, case.T * (5 * case.scale + cost), factor=256)
-
+    for kl, entropy in zip(*results):
+        assert case.near(kl, entropy, case.T * (5 * case.scale + cost), factor=256)
 
 @each("theory", [False, True])
 @examples
@@ -391,8 +348,7 @@ def test_uniform_reference_costs_a_constant_reward(case):
 def test_both_rules_of_pgql_are_finite_and_differ_by_the_gap(theory, case):
     c = 1 / case.tau if theory else 0.5
     log_pi, V, leaves = case.network()
-    x = pgql_equiv.samples(log_pi, V, *case.rollout(pgql_equiv), case.log_pi_bar, case.tau,
-                           case.gamma)
+    x = pgql_equiv.samples(log_pi, V, *case.rollout(), case.log_pi_bar, case.tau, case.gamma)
     gradients = []
     for loss in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap):
         each_loss = loss(x, case.tau, c)
@@ -407,7 +363,6 @@ def test_both_rules_of_pgql_are_finite_and_differ_by_the_gap(theory, case):
     compared = pgql_equiv.compare_gradients(x, case.tau, c, leaves)
     assert finite(*compared.values())
 
-
 @examples
 @given(cases())
 def test_the_gap_vanishes_on_average_over_actions(case):
@@ -417,15 +372,13 @@ def test_the_gap_vanishes_on_average_over_actions(case):
     log_pi = logits.log_softmax(-1).expand(case.A, -1, -1)  # row a is the sample with action a
     a = torch.arange(case.A)[:, None].expand(-1, case.N)
     one = torch.ones(case.A, case.N, dtype=case.dtype)
-    x = pgql_equiv.Rollout(None, a, case.rewards(case.A, case.N), one, 0 * one, 0 * one)
-    x = pgql_equiv.samples(log_pi, V.expand(case.A, -1), x, V[0], case.log_pi_bar, case.tau,
-                           case.gamma)
+    x = pgql_equiv.samples(log_pi, V.expand(case.A, -1), a, case.rewards(case.A, case.N), one, V[0],
+                           case.log_pi_bar, case.tau, case.gamma)
     pi = log_pi.detach()[0].exp().T  # (A, N)
     gap = (pi * pgql_equiv.gap(x, case.tau, 0.5)).sum()
     size = case.tau * 200
     for g in torch.autograd.grad(gap, (logits, V)):
         assert case.near(g, torch.zeros_like(g), size)
-
 
 # --- natural_pg_damped ---
 @examples
@@ -449,7 +402,6 @@ def test_the_damped_losses_are_one(case, eps):
     error, error_Q = case.tau * (2 * L).sqrt(), (2 * LQ).sqrt()
     assert case.near(error, error_Q, V, A_t, case.tau * new, case.tau * old, case.tau * 4)
 
-
 @examples
 @given(cases())
 def test_the_fisher_matrices_are_symmetric_and_positive(case):
@@ -471,16 +423,14 @@ def test_the_fisher_matrices_are_symmetric_and_positive(case):
     assert case.near(vFw, wFv) and npg.all_action_fisher(log_pi, Jv, Jv) >= 0
     for damping in (0.0, 0.1, 1e6):
         g = npg.policy_gradient(J, A_t)
-        x, residual, made = npg.natural_gradient(J, A_t, damping, 10)
-        assert finite(g, x, residual, made) and 0 <= made <= 10
+        x, residual = npg.natural_gradient(J, A_t, damping, 10)
+        assert finite(g, x, residual)
         assert x @ g >= 0 and ((x @ g > 0) == (g @ g > 0) or case.scale == 1e-6)
         if case.A == 1:
             assert (x == 0).all()
 
-
 def energy(M, g, x):
     return 0.5 * x @ M @ x - g @ x
-
 
 @examples
 @given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.sampled_from([1e-6, 1e-2, 1.0, 100.0]),
@@ -492,17 +442,16 @@ def test_conjugate_gradients_solve_and_never_leave_the_ground(seed, P, damping, 
     M, g = half.T @ half + damping * torch.eye(P, dtype=torch.float64), scale * g[0]
     M, g = M.to(dtype), g.to(dtype)
     found = [npg.conjugate_gradient(lambda v: M @ v, g, n) for n in range(P + 1)]
-    lows = torch.stack([energy(M.double(), g.double(), x.double()) for x, *_ in found])
-    assert all(finite(*three) for three in found) and (lows[0] == 0)
+    lows = torch.stack([energy(M.double(), g.double(), x.double()) for x, _ in found])
+    assert all(finite(*both) for both in found) and (lows[0] == 0)
     slack = 1e3 * torch.finfo(dtype).eps * lows[-1].abs() / min(damping, 1)
     assert (lows[1:] <= lows[:-1] + slack).all()
-    x, residual, made = npg.conjugate_gradient(lambda v: M @ v, g, 20 * P)
-    assert finite(x, residual, made) and made <= 20 * P
+    x, residual = npg.conjugate_gradient(lambda v: M @ v, g, 20 * P)
+    assert finite(x, residual)
     if dtype == torch.float64:
         assert residual < 1e-9 and (M @ x - g).norm() <= 1e-6 * g.norm()
         double = npg.conjugate_gradient(lambda v: M @ v, 2 * g, 20 * P)[0]
         assert torch.allclose(double, 2 * x)
-
 
 @each("dtype", [torch.float32, torch.float64])
 def test_conjugate_gradients_where_there_is_nothing_to_solve(dtype):
@@ -510,9 +459,8 @@ def test_conjugate_gradients_where_there_is_nothing_to_solve(dtype):
     g = torch.tensor([1.0, -2.0], dtype=dtype)
     for product, right, residual in ((lambda v: v, 0 * g, 0), (lambda v: 0 * v, g, 1),
                                      (lambda v: -v, g, 1)):
-        x, left, made = npg.conjugate_gradient(product, right, 5)
-        assert (x == 0).all() and left == residual and made == 0
-
+        x, left = npg.conjugate_gradient(product, right, 5)
+        assert (x == 0).all() and left == residual
 
 @examples
 @given(st.floats(1e-9, 10), st.floats(1e-4, 10), st.sampled_from([0.0, 1e-40, 1e-12, 1.0, 1e12]),
@@ -524,7 +472,6 @@ def test_eps_for_kl_gives_that_kl_or_is_one(target, tau, xFx, dtype):
     assert finite(eps, kl) and 0 < eps <= 1 and kl <= target * (1 + 1e-5)
     assert eps == 1 or kl == pytest.approx(target, rel=1e-5)
 
-
 # --- whole runs ---
 ARMS = {"soft_dqn": [dict(exploration="boltzmann", n_step=3, learning_starts=20),
                      dict(backup="soft-kl", loss="square", learning_starts=20)],
@@ -533,16 +480,13 @@ ARMS = {"soft_dqn": [dict(exploration="boltzmann", n_step=3, learning_starts=20)
         "natural_pg_damped": [dict(solver="cg", measure_every=1),
                               dict(target_kl=0.1, regularizer="kl", measure_every=1)]}
 
-
 @each("extreme", [0, 1], ids=["tau 1e-4, gamma 0", "tau 10, gamma 1"])
-def test_extreme_flags_train_with_finite_numbers(script, extreme, tmp_path):
+def test_extreme_flags_train_with_finite_numbers(four, extreme, tmp_path):
     """Over two saves: they refuse parameters after an update that was not finite."""
     flags = [dict(tau=1e-4, gamma=0.0), dict(tau=10.0, gamma=1.0)][extreme]
-    flags |= ARMS.get(script.__name__, [{}, dict(regularizer="kl")])[extreme]
-    args = tiny(script, tmp_path, total_timesteps=80, log_every=40, checkpoint_every=40, **flags)
-    logged = rows(script.train(args)["folder"])
-    games = ("score_", "length_", "last100_", "explained_variance")  # NaN if none, or no variance
+    flags |= ARMS.get(four.__name__, [{}, dict(regularizer="kl")])[extreme]
+    logged = rows(trained(four, tmp_path, total_timesteps=60, log_every=30, save_every=30, **flags))
     assert len(logged) == 2
     for row in logged:
         for name, value in row.items():
-            assert name.startswith(games) or math.isfinite(float(value)), (name, value)
+            assert name == "score" or math.isfinite(float(value)), (name, value)

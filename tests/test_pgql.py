@@ -1,5 +1,4 @@
 """The paper's sections 4 and 6.3: the two gradients through the script's own functions, float64."""
-import csv
 import importlib
 import inspect
 import itertools
@@ -9,17 +8,17 @@ import sys
 import pytest
 import torch
 
+import a2c_proper
 import pgql_equiv
 from exact import MDP, Model
-from test_run import checkpoint, equal, rows, tiny
+from pgql_equiv import gap, pg_loss, ql_loss
+from util import checkpoint, equal, rows, tiny, trained
 
 TAU, GAMMA, C = 0.3, 0.9, 0.5
-COMPARED = {"cosine", "norm_ratio", "gap", "gap_predicted", "gap_error"}
-
+COMPARED = {*pgql_equiv.COMPARED}
 
 class Separate(Model):
     """log pi and V of two networks that share nothing."""
-
     def __init__(self, mdp, seed):
         first, second = Model(mdp, seed), Model(mdp, seed + 1)
         self.models, self.weights = (first, second), first.weights + second.weights
@@ -27,10 +26,8 @@ class Separate(Model):
     def __call__(self):
         return self.models[0]()[0], self.models[1]()[1]
 
-
 class OneQ(Model):
     """Section 4: log pi and V of one Q, by the script's own function."""
-
     def __init__(self, mdp, seed):
         super().__init__(mdp, seed)
         self.log_pi_bar = mdp.log_pi_bar
@@ -42,9 +39,7 @@ class OneQ(Model):
     def __call__(self):
         return pgql_equiv.policy_and_value(self.Q(), self.log_pi_bar, TAU)
 
-
 MODELS = {"shared trunk": Model, "two networks": Separate, "one Q": OneQ}
-
 
 def paths_from(mdp, start, n, policy):
     """Every path of n steps from a state as one batch: states (n+1, P), actions, probability."""
@@ -53,21 +48,24 @@ def paths_from(mdp, start, n, policy):
     s, a = paths[0::2], paths[1::2]
     return s, a, (policy[s[:-1], a] * mdp.p[s[:-1], a, s[1:]]).prod(0)
 
-
 def batch_of(mdp, model, s, a, log_pi_bar=None, tau=TAU):
     """The script's Samples of a batch of paths."""
     log_pi, V = model()
-    here, zeros = s[:-1], torch.zeros(a.shape)
-    rollout = pgql_equiv.Rollout(None, a, mdp.r[here, a], mdp.ends[here, a], zeros, zeros)
+    here = s[:-1]
     log_pi_bar = mdp.log_pi_bar[here] if log_pi_bar is None else log_pi_bar
-    return pgql_equiv.samples(log_pi[here], V[here], rollout, V[s[-1]].detach(), log_pi_bar, tau,
-                              GAMMA)
+    return pgql_equiv.samples(log_pi[here], V[here], a, mdp.r[here, a], mdp.ends[here, a],
+                              V[s[-1]].detach(), log_pi_bar, tau, GAMMA)
 
+def random_batch(k, seed, T, N, kind=Model):
+    """Random states and actions, endings among them: an MDP, a network, states and actions."""
+    mdp = MDP(k)
+    model, g = kind(mdp, k + 50), torch.Generator().manual_seed(seed)
+    s = torch.randint(mdp.S, (T + 1, N), generator=g)
+    return mdp, model, s, torch.randint(mdp.A, (T, N), generator=g)
 
-def first_step(loss, x, weight, model, c=C):
-    """The gradient of the weighted sum of a loss over the first samples of the paths."""
-    return model.gradient((weight * loss(x, TAU, c)[0]).sum())
-
+def gradients(x, weight, model, c=C, losses=(pg_loss, ql_loss)):
+    """The gradient of the weighted sum of each loss over the first samples of the paths."""
+    return [model.gradient((weight * loss(x, TAU, c)[0]).sum()) for loss in losses]
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -79,33 +77,26 @@ def test_expected_gradients_are_equal_in_each_state(double, kind, n):
         for start in range(mdp.S):
             s, a, p = paths_from(mdp, start, n, model()[0].detach().exp())
             assert abs(p.sum() - 1) < 1e-12
-            x = batch_of(mdp, model, s, a)
             for c in (C, 1 / TAU):
-                pg, ql = (first_step(f, x, p, model, c)
-                          for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+                pg, ql = gradients(batch_of(mdp, model, s, a), p, model, c)
                 assert pg.norm() > 1e-2 and (ql - pg).abs().max() < 1e-12
-
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_expected_gradients_differ_where_actions_are_not_from_pi(double, kind):
     """So the test above can fail."""
     mdp = MDP(0)
     model = MODELS[kind](mdp, 50)
-    other = torch.full((mdp.S, mdp.A), 1 / mdp.A)
-    s, a, p = paths_from(mdp, 1, 2, other)
-    x = batch_of(mdp, model, s, a)
-    pg, ql = (first_step(f, x, p, model) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+    s, a, p = paths_from(mdp, 1, 2, torch.full((mdp.S, mdp.A), 1 / mdp.A))
+    pg, ql = gradients(batch_of(mdp, model, s, a), p, model)
     assert (ql - pg).abs().max() > 1e-2
-
 
 PRINTED = {  # what each misprint makes of the loss, given the error e of the corrected form
     "1/gamma of section 6.3": lambda x, e, tau, c: e * (tau / GAMMA * x.log_pi + c * x.V),
     "60": lambda x, e, tau, c: (e + 2 * tau * x.KL).detach() * (x.log_pi + c * x.V),
     "63 (**)": lambda x, e, tau, c: e * (x.log_pi + c * x.V) + 2 * tau * c * x.KL.detach() * x.V,
-    "64": lambda x, e, tau, c: pgql_equiv.pg_loss(x, tau, c) - 2 * tau * x.KL,
+    "64": lambda x, e, tau, c: pg_loss(x, tau, c) - 2 * tau * x.KL,
     "63 (*)": lambda x, e, tau, c: e * (x.log_pi + c * x.V) + 2 * tau * x.KL.detach() * x.log_pi,
 }
-
 
 @pytest.mark.parametrize("which", PRINTED)
 def test_what_is_printed_is_not_equal(double, which):
@@ -114,40 +105,26 @@ def test_what_is_printed_is_not_equal(double, which):
     model = Model(mdp, 51)
     s, a, p = paths_from(mdp, 2, 2, model()[0].detach().exp())
     x = batch_of(mdp, model, s, a)
-    pg, ql = (first_step(f, x, p, model) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
-    assert (pg - ql).abs().max() < 1e-12
     e = pgql_equiv.q_error(x, TAU).detach()
-    distance = (first_step(lambda x, tau, c: PRINTED[which](x, e, tau, c), x, p, model) - ql).abs()
-    assert distance.max() < 1e-12 if which == "63 (*)" else distance.max() > 1e-3
-
+    pg, ql, printed = gradients(x, p, model, losses=(
+        pg_loss, ql_loss, lambda x, tau, c: PRINTED[which](x, e, tau, c)))
+    assert (pg - ql).abs().max() < 1e-12
+    distance = (printed - ql).abs().max()
+    assert distance < 1e-12 if which == "63 (*)" else distance > 1e-3
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("n", [1, 3])
 def test_gap_is_what_the_gradients_of_each_sample_differ_by(double, kind, n):
-    """To 1e-12 for any actions, endings and horizons, and it is not zero."""
-    mdp = MDP(3)
-    model = MODELS[kind](mdp, 53)
-    g = torch.Generator().manual_seed(n)
-    s, a = (torch.randint(k, (n + more, 4), generator=g) for k, more in ((mdp.S, 1), (mdp.A, 0)))
+    """To 1e-12 for any actions, endings, horizons, rewards and targets, and it is not zero."""
+    mdp, model, s, a = random_batch(3, n, n, 4, MODELS[kind])
     x = batch_of(mdp, model, s, a)
-    losses = [f(x, TAU, C) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap)]
-    for t, i in itertools.product(range(n), range(4)):
-        pg, ql, gap = (model.gradient(loss[t, i]) for loss in losses)
-        assert (ql - pg - gap).abs().max() < 1e-12 and gap.norm() > 1e-3
-
-
-def test_gap_depends_on_neither_rewards_nor_targets(double):
-    mdp = MDP(4)
-    model = Model(mdp, 54)
-    s, a = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
-    x = batch_of(mdp, model, s, a)
-    other = x._replace(V_hat=x.V_hat + torch.tensor([[3.0, -7.0]]))
+    other = x._replace(V_hat=x.V_hat + torch.tensor([3.0, -7.0, 0.5, 2.0]))
+    assert torch.equal(gap(x, TAU, C), gap(other, TAU, C))
     for y in (x, other):
-        pg, ql, gap = (model.gradient(f(y, TAU, C).sum())
-                       for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap))
-        assert (ql - pg - gap).abs().max() < 1e-12
-    assert torch.equal(pgql_equiv.gap(x, TAU, C), pgql_equiv.gap(other, TAU, C))
-
+        losses = [f(y, TAU, C) for f in (pg_loss, ql_loss, gap)]
+        for t, i in itertools.product(range(n), range(4)):
+            pg, ql, predicted = (model.gradient(loss[t, i]) for loss in losses)
+            assert (ql - pg - predicted).abs().max() < 1e-12 and predicted.norm() > 1e-3
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_theory_is_the_gradient_of_equation_44_over_tau(double, kind):
@@ -162,20 +139,17 @@ def test_theory_is_the_gradient_of_equation_44_over_tau(double, kind):
         Q = model.Q()
     y = x.V_hat + TAU * x.KL.detach()
     square = 0.5 * (Q[s[:-1], a] - y).square()
-    loss = pgql_equiv.ql_loss(x, TAU, 1 / TAU)
+    loss = ql_loss(x, TAU, 1 / TAU)
     for t, i in itertools.product(range(2), range(3)):
         assert (model.gradient(square[t, i]) / TAU - model.gradient(loss[t, i])).abs().max() < 1e-12
-
 
 def test_q_target_is_equation_46_forward(double):
     """y_t = r_t + sum_{0<d<n} gamma^d (r_{t+d} - tau KL_{t+d}) + gamma^n V(s_{t+n}), forward.
 
     Printed gamma^{t+n} is right at t = 0 only.
     """
-    mdp, T, N, ends_seen = MDP(6), 4, 6, 0
-    model = Model(mdp, 56)
-    g = torch.Generator().manual_seed(1)
-    s, a = torch.randint(mdp.S, (T + 1, N), generator=g), torch.randint(2, (T, N), generator=g)
+    T, N, ends_seen = 4, 6, 0
+    mdp, model, s, a = random_batch(6, 1, T, N)
     x, (log_pi, V) = batch_of(mdp, model, s, a), model()
     KL = (log_pi.exp() * (log_pi - mdp.log_pi_bar)).sum(-1)
     Q = V[:, None] + TAU * (log_pi - mdp.log_pi_bar)
@@ -195,27 +169,23 @@ def test_q_target_is_equation_46_forward(double):
             assert abs(error - (Q[s[t, i], a[t, i]] - printed)) > 1e-3
     assert 0 < ends_seen < T * N
 
-
-@pytest.mark.parametrize("name", ["n_step_returns", "kl_divergence", "sample", "gumbel_noise",
-                                  "explained_variance"])
+@pytest.mark.parametrize("name", ["n_step_returns", "kl_divergence", "sample"])
 def test_what_a2c_proper_has_too_is_the_same(name):
     """Its tests against exact sums then hold here, and for natural_pg_damped.py."""
-    a2c_proper, *others = map(importlib.import_module,
-                              ("a2c_proper", "pgql_equiv", "natural_pg_damped"))
+    others = map(importlib.import_module, ("pgql_equiv", "natural_pg_damped"))
     found = [inspect.getsource(getattr(x, name)) for x in others if hasattr(x, name)]
     assert set(found) == {inspect.getsource(getattr(a2c_proper, name))}
     assert len(found) == 2 or name == "n_step_returns"
 
-
 def test_where_time_ran_out_the_last_state_is_bootstrapped(double):
+    """Its value 7 is paid with r, as train() does."""
     r, zeros, log_pi = torch.ones(3, 1), torch.zeros(3, 1), torch.full((3, 1, 2), 0.5).log()
-    truncated, V_final = torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([[0.0], [7.0], [0.0]])
-    rollout = pgql_equiv.Rollout(None, zeros.long(), r, zeros, truncated, V_final)
-    x = pgql_equiv.samples(log_pi, zeros, rollout, torch.tensor([5.0]), torch.zeros(2), TAU, GAMMA)
+    cut = torch.tensor([[0.0], [1.0], [0.0]])
+    x = pgql_equiv.samples(log_pi, zeros, zeros.long(), r + cut * GAMMA * 7, cut,
+                           torch.tensor([5.0]), torch.zeros(2), TAU, GAMMA)
     reward = 1 + TAU * math.log(2)
     expected = [reward + GAMMA * (reward + GAMMA * 7), reward + GAMMA * 7, reward + GAMMA * 5]
     assert (x.V_hat.squeeze() - torch.tensor(expected)).abs().max() < 1e-12
-
 
 def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):
     """Q = V + tau log pi (entropy) with targets that charge the KL from uniform."""
@@ -226,30 +196,25 @@ def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):
         s, a, p = paths_from(mdp, start, 2, model()[0].detach().exp())
         kl = batch_of(mdp, model, s, a, uniform)
         mixed = kl._replace(log_ratio=kl.log_pi)
-        pg = first_step(pgql_equiv.pg_loss, kl, p, model)
-        ql = first_step(pgql_equiv.ql_loss, mixed, p, model)
-        cost = first_step(lambda x, tau, c: -c * tau * math.log(2) * x.V, kl, p, model)
+        pg, ql, cost = gradients(kl, p, model, losses=(
+            pg_loss, lambda _, *rest: ql_loss(mixed, *rest),
+            lambda x, tau, c: -c * tau * math.log(2) * x.V))
         assert (ql - pg - cost).abs().max() < 1e-12 and cost.norm() > 1e-2
         for log_pi_bar in (uniform, torch.tensor(0.0)):  # either by itself is exact
-            x = batch_of(mdp, model, s, a, log_pi_bar)
-            pg, ql = (first_step(f, x, p, model) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+            pg, ql = gradients(batch_of(mdp, model, s, a, log_pi_bar), p, model)
             assert (ql - pg).abs().max() < 1e-12
-
 
 def test_targets_carry_no_gradient(double):
     mdp = MDP(8)
     model = Model(mdp, 58)
     s, a = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
     log_pi, V = (x[s[:-1]].detach().requires_grad_() for x in model())
-    V_n, V_final = torch.ones(2, requires_grad=True), torch.ones(1, 2, requires_grad=True)
-    rollout = pgql_equiv.Rollout(None, a, torch.ones(1, 2), torch.zeros(1, 2),
-                                 torch.tensor([[1.0, 0.0]]), V_final)
-    x = pgql_equiv.samples(log_pi, V, rollout, V_n, mdp.log_pi_bar[s[:-1]], TAU, GAMMA)
-    for loss in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap):
-        grads = torch.autograd.grad(loss(x, TAU, C).sum(), (V_n, V_final), retain_graph=True,
-                                    allow_unused=True)
-        assert grads == (None, None)
-
+    V_n, r = torch.ones(2, requires_grad=True), torch.ones(1, 2, requires_grad=True)
+    x = pgql_equiv.samples(log_pi, V, a, r, torch.tensor([[1.0, 0.0]]), V_n,
+                           mdp.log_pi_bar[s[:-1]], TAU, GAMMA)
+    for loss in (pg_loss, ql_loss, gap):
+        L = loss(x, TAU, C).sum()
+        assert torch.autograd.grad(L, (V_n, r), retain_graph=True, allow_unused=True) == (None,) * 2
 
 @pytest.mark.parametrize("tau, size", [(1.0, 1.0), (0.01, 10.0), (1e-4, 1e4)])
 def test_policy_and_value_are_equations_55_to_57(double, tau, size):
@@ -264,168 +229,150 @@ def test_policy_and_value_are_equations_55_to_57(double, tau, size):
     single = pgql_equiv.policy_and_value(Q.float(), log_pi_bar.float(), tau)
     assert single[0].isfinite().all() and (single[1] - V).abs().max() < 1e-5 * size
 
+def test_neither_a_large_q_nor_a_bad_action_costs_digits_in_float32():
+    """Q / tau = 1000 would be wrong in its fifth digit after the point.
 
-def test_a_large_q_costs_no_digits_of_the_policy(double):
-    """Q / tau = 1000 in float32 would be wrong in its fifth digit after the point."""
-    Q = (10 + 0.01 * torch.randn(200, 6)).float()
-    log_pi_bar = torch.zeros(6)
-    exact, _ = pgql_equiv.policy_and_value(Q.double(), log_pi_bar, 0.01)
-    log_pi, _ = pgql_equiv.policy_and_value(Q, log_pi_bar.float(), 0.01)
-    assert (log_pi - exact).abs().max() < 2e-6
-
-
-def test_a_bad_action_costs_no_digits_of_the_others_in_float32():
-    """In units of tau the worst action is 1e7 away, where float32 knows no halves."""
+    In units of tau the worst action is 1e7 away, where float32 knows no halves.
+    """
+    Q = 10 + 0.01 * torch.randn(200, 6)
+    exact, log_pi = (pgql_equiv.policy_and_value(x, 0.0, 0.01)[0] for x in (Q.double(), Q))
+    assert log_pi.dtype == torch.float32 and (log_pi - exact).abs().max() < 2e-6
     Q = torch.tensor([0.0, -0.5e-3, -1e4])
     log_pi, V = pgql_equiv.policy_and_value(Q, torch.zeros(3), 1e-3)
     assert abs(log_pi[0] - log_pi[1] - 0.5) < 1e-6
     assert abs(V - 1e-3 * math.log(1 + math.exp(-0.5))) < 1e-9
 
-
 def test_compare_measures_the_gradients_themselves(double):
     """Against autograd of a tiny model."""
-    mdp = MDP(9)
-    model = Model(mdp, 59)
-    g = torch.Generator().manual_seed(0)
-    s, a = torch.randint(3, (4, 6), generator=g), torch.randint(2, (3, 6), generator=g)
+    mdp, model, s, a = random_batch(9, 0, 3, 6)
     x = batch_of(mdp, model, s, a)
     got = pgql_equiv.compare_gradients(x, TAU, C, model.weights)
-    pg, ql = (model.gradient(f(x, TAU, C).mean()) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
+    pg, ql = (model.gradient(f(x, TAU, C).mean()) for f in (pg_loss, ql_loss))
     assert got.keys() == COMPARED and got["gap_error"] < 1e-12
     assert abs(got["cosine"] - torch.cosine_similarity(pg, ql, dim=0)) < 1e-12
     assert abs(got["norm_ratio"] - ql.norm() / pg.norm()) < 1e-12
     assert abs(got["gap"] - (ql - pg).norm() / pg.norm()) < 1e-12
     assert abs(got["gap_predicted"] - got["gap"]) < 1e-12 and got["gap"] > 1e-3
 
-
 def test_statistics_are_those_of_the_equations(double):
-    """Eq. 84, 85 and 44, and the moments, as means over a batch."""
-    mdp = MDP(10)
-    model = Model(mdp, 60)
-    g = torch.Generator().manual_seed(0)
-    s, a = torch.randint(3, (4, 6), generator=g), torch.randint(2, (3, 6), generator=g)
+    """Eq. 84, 85 and 44, as means over a batch."""
+    mdp, model, s, a = random_batch(10, 0, 3, 6)
     x, (log_pi, V) = batch_of(mdp, model, s, a), model()
     Delta = x.V_hat - V[s[:-1]]
     Q = V[s[:-1]] + TAU * (log_pi - mdp.log_pi_bar)[s[:-1], a]
     expected = dict(q_loss=0.5 * (Q - x.V_hat - TAU * x.KL) ** 2, value_loss=0.5 * Delta**2,
                     policy_loss=TAU * x.KL - log_pi[s[:-1], a] * Delta, KL=x.KL, V=V[s[:-1]],
-                    V_hat=x.V_hat, V_hat_sq=x.V_hat**2, Delta=Delta, Delta_sq=Delta**2)
+                    V_hat=x.V_hat)
     got = pgql_equiv.statistics(x, TAU)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert abs(got[name] - value.mean()) < 1e-12 and not got[name].requires_grad
 
+def test_tau_zero_is_the_plain_policy_gradient_under_both_rules(double):
+    """Dueling allows it: the gap is of order tau."""
+    mdp, s, a = MDP(2), torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
+    model = Model(mdp, 52)
+    x = batch_of(mdp, model, s, a, tau=0.0)
+    pg, ql = (model.gradient(f(x, 0.0, C).sum()) for f in (pg_loss, ql_loss))
+    assert (pg - ql).abs().max() < 1e-12 and pg.norm() > 1e-2
 
 # --- training ---
-SHORT = dict(total_timesteps=200, num_envs=4, log_every=40, compare_every=2)
-
+SHORT = dict(total_timesteps=80, num_envs=4, log_every=40, compare_every=1)  # 20 steps a batch
 
 def test_policy_gradient_trains_the_very_network_of_a2c_proper(tmp_path):
-    """Bit for bit, over lost lives and games cut by the time limit."""
-    a2c_proper = importlib.import_module("a2c_proper")
-    flags = dict(SHORT, regularizer="kl", tau=0.05, max_episode_frames=120)
-    ours = pgql_equiv.train(tiny(pgql_equiv, tmp_path / "a", update="pg", **flags))["folder"]
+    """Bit for bit, over lost lives, games cut by the time limit and comparisons of the gradients.
+
+    Soft Q-learning learns differently from the same first batch.
+    """
+    flags = dict(SHORT, total_timesteps=200, log_every=20, regularizer="kl", tau=0.05,
+                 max_episode_frames=120)
+    pg, ql = (trained(pgql_equiv, tmp_path / update, update=update, **flags | dict(compare_every=k))
+              for update, k in (("pg", 3), ("ql", 0)))
     del flags["compare_every"]
-    theirs = a2c_proper.train(tiny(a2c_proper, tmp_path / "b", **flags))["folder"]
+    proper = trained(a2c_proper, tmp_path / "proper", **flags)
     for name in ("net", "optimizer"):
-        assert equal(checkpoint(pgql_equiv, ours)[name], checkpoint(a2c_proper, theirs)[name])
-    for mine, other in zip(rows(ours), rows(theirs), strict=True):
-        assert mine.keys() - other.keys() == COMPARED | {"q_loss"} and other.keys() <= mine.keys()
-        for key in other.keys() - {"loss", "policy_loss", "entropy", "KL_uniform"}:
+        assert equal(checkpoint(pgql_equiv, pg)[name], checkpoint(a2c_proper, proper)[name])
+    pg, ql, proper = map(rows, (pg, ql, proper))
+    for mine, other in zip(pg, proper, strict=True):
+        assert mine.keys() == other.keys() | COMPARED | {"q_loss", "KL"}
+        for key in other.keys() - {"loss", "policy_loss", "entropy"}:
             assert mine[key] == other[key], key
-        for key in ("loss", "policy_loss", "entropy", "KL_uniform"):
+        for key in ("loss", "policy_loss", "entropy"):
             assert float(mine[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
+    for key in ("policy_loss", "value_loss", "q_loss", "V", "V_hat", "entropy"):
+        assert pg[0][key] == ql[0][key], key
+    assert pg[0]["grad_norm"] != ql[0]["grad_norm"] and pg[-1]["V"] != ql[-1]["V"]
+    assert [row["cosine"] != "nan" for row in pg] == [False, False, True] * 3 + [False]
+    assert {row[key] for row in ql for key in COMPARED} == {"nan"}
 
-
-@pytest.mark.parametrize("regularizer", ["entropy", "kl"])
+@pytest.mark.parametrize("regularizer, constant", [("entropy", 0.0), ("kl", -math.log(4))])
 @pytest.mark.parametrize("parameterization", ["dueling", "q"])
 @pytest.mark.parametrize("update", ["pg", "ql"])
-def test_live_proof_on_atari_data(tmp_path, update, parameterization, regularizer):
-    """The measured gap is the predicted one to 1e-5 of the gradient in every batch of a run."""
-    seen, compare = [], pgql_equiv.compare_gradients
+def test_live_proof_on_atari_data(tmp_path, monkeypatch, update, parameterization, regularizer,
+                                  constant):
+    """The measured gap is the predicted one to 1e-5 of the gradient in every batch of a run.
+
+    The network and the samples are in the convention of the flag.
+    """
+    seen, bars, nets = [], set(), []
+    compare, samples, build = (pgql_equiv.compare_gradients, pgql_equiv.samples,
+                               pgql_equiv.SoftQ.__init__)
 
     def watched(x, *rest):
         assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-        assert x.V.dtype == torch.float64
+        assert x.V.dtype == x.log_ratio.dtype == torch.float64
         seen.append(compare(x, *rest))
         return seen[-1]
 
-    flags = dict(SHORT, update=update, parameterization=parameterization, regularizer=regularizer,
-                 tau=0.1, compare_every=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pgql_equiv, "compare_gradients", watched)
-        patch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **flags))["folder"]
-        assert len(seen) == 10 and torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(pgql_equiv, "compare_gradients", watched)
+    monkeypatch.setattr(pgql_equiv, "samples", lambda *x: bars.add(x[6]) or samples(*x))
+    monkeypatch.setattr(pgql_equiv.SoftQ, "__init__", lambda self, *x: nets.append(x) or build(
+        self, *x))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    logged = rows(trained(
+        pgql_equiv, tmp_path, **SHORT, update=update, tau=0.1, parameterization=parameterization,
+        regularizer=regularizer))
+    assert len(seen) == 4 and len(logged) == 2 and torch.backends.cudnn.allow_tf32
     for batch in seen:
         assert batch["gap_error"] < 1e-5 and batch["gap"] > 1e-4
-    logged = rows(folder)
     for i, row in enumerate(logged):  # two batches a row
         for key in COMPARED:
             mean = (seen[2 * i][key] + seen[2 * i + 1][key]) / 2
             assert float(row[key]) == pytest.approx(mean.item(), rel=1e-5)
-    assert len(logged) == 5
-
+    assert bars == {constant} and nets == [(4, constant, 0.1)] * (parameterization == "q")
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_live_proof_on_a_gpu(tmp_path):
-    folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **SHORT, device="cuda"))["folder"]
+    folder = trained(pgql_equiv, tmp_path, **SHORT, device="cuda")
     assert all(float(row["gap_error"]) < 1e-4 for row in rows(folder))
 
-
 @pytest.mark.parametrize("parameterization", ["dueling", "q"])
-def test_the_proof_is_not_spoilt_by_large_values(parameterization):
+def test_the_proof_is_not_spoilt_by_large_values(tmp_path, monkeypatch, parameterization):
     """Where V is 50 and Delta small, float32 would round Q - y to more than is allowed."""
-    torch.manual_seed(0)
-    A, tau, log_pi_bar = 6, 0.01, torch.zeros(6)
-    net = (pgql_equiv.ActorCritic(A) if parameterization == "dueling" else
-           pgql_equiv.SoftQ(A, log_pi_bar, tau))
-    (net.V if parameterization == "dueling" else net.Q).bias.data += 50
-    obs = torch.randint(0, 256, (4, 4, 4, 84, 84), dtype=torch.uint8)
-    a, zeros = torch.randint(A, (4, 4)), torch.zeros(4, 4)
-    with torch.no_grad():
-        V = net(obs)[1]
-    r = V - 0.99 * torch.cat([V[1:], V[:1]]) + 0.05 * torch.randn(4, 4)
-    rollout = pgql_equiv.Rollout(None, a, r, zeros, zeros, zeros)
-    compared = pgql_equiv.compare(net, obs, (rollout, V[0], log_pi_bar, tau, 0.99), tau, 0.5)
-    assert compared["gap_error"] < 3e-6 and compared["compared"] == 1
+    build = pgql_equiv.ActorCritic.__init__
 
+    def large(self, n_actions):
+        build(self, n_actions)
+        (self.V if parameterization == "dueling" else self.pi).bias.data += 50
+
+    monkeypatch.setattr(pgql_equiv.ActorCritic, "__init__", large)
+    monkeypatch.setattr(pgql_equiv, "n_step_returns",
+                        lambda r, *rest: 50 + 0.05 * torch.randn(r.shape))
+    row, = rows(trained(pgql_equiv, tmp_path, **SHORT | dict(total_timesteps=20),
+                        parameterization=parameterization))
+    assert float(row["V"]) > 49 and float(row["gap_error"]) < 3e-6
 
 def test_a_wrong_prediction_shows_in_the_log(tmp_path, monkeypatch):
     """With the sign of Eq. 64 as printed the error is not rounding."""
-    gap = pgql_equiv.gap
     monkeypatch.setattr(pgql_equiv, "gap", lambda x, tau, c: gap(x, tau, c) + 2 * tau * x.KL)
-    folder = pgql_equiv.train(tiny(pgql_equiv, tmp_path, **SHORT))["folder"]
-    assert all(float(row["gap_error"]) > 1e-4 for row in rows(folder))
-
-
-def test_comparing_does_not_disturb_training(tmp_path):
-    folders = [pgql_equiv.train(tiny(pgql_equiv, tmp_path / str(k), **(SHORT | dict(
-        compare_every=k))))["folder"] for k in (0, 3)]
-    a, b = ([{k: v for k, v in row.items() if k not in COMPARED} for row in rows(folder)]
-            for folder in folders)
-    assert a == b
-    nets = [checkpoint(pgql_equiv, folder)["net"] for folder in folders]
-    assert equal(*nets)
-    assert {row["cosine"] for row in rows(folders[0])} == {"nan"}
-    compared = [row["cosine"] != "nan" for row in rows(folders[1])]  # batches 3, 6, 9 of 2 a row
-    assert compared == [False, True, True, False, True]
-
-
-def test_the_two_rules_learn_differently_but_from_the_same_first_batch(tmp_path):
-    flags = dict(SHORT, log_every=20, tau=0.1)
-    pg, ql = (rows(pgql_equiv.train(tiny(pgql_equiv, tmp_path / u, update=u, **flags))["folder"])
-              for u in ("pg", "ql"))
-    for key in ("policy_loss", "value_loss", "q_loss", "V", "V_hat", "entropy"):
-        assert pg[0][key] == ql[0][key], key
-    assert pg[0]["grad_norm"] != ql[0]["grad_norm"] and pg[-1]["V"] != ql[-1]["V"]
-
+    logged = rows(trained(pgql_equiv, tmp_path, **SHORT))
+    assert logged and all(float(row["gap_error"]) > 1e-4 for row in logged)
 
 @pytest.mark.parametrize("regularizer", ["entropy", "kl"])
 def test_both_parameterizations_begin_with_the_same_policy(regularizer):
     """The Q head has gain tau, so the logits Q / tau are those of the policy head."""
     A, tau = 6, 0.01
-    log_pi_bar = torch.full((A,), 0.0 if regularizer == "entropy" else -math.log(A))
+    log_pi_bar = {"entropy": 0.0, "kl": -math.log(A)}[regularizer]
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
     torch.manual_seed(3)
     dueling = pgql_equiv.ActorCritic(A)
@@ -433,7 +380,7 @@ def test_both_parameterizations_begin_with_the_same_policy(regularizer):
     one_q = pgql_equiv.SoftQ(A, log_pi_bar, tau)
     with torch.no_grad():
         (log_pi, _), (other, V) = dueling(obs), one_q(obs)
-        Q = one_q.Q(one_q.features(obs))
+        Q = one_q.Q(one_q.trunk(obs / 255))
     entropies = [-(x.exp() * x).sum(-1) for x in (log_pi, other)]
     assert (log_pi - other).abs().max() < 1e-4 and log_pi.std() > 0.05
     assert (entropies[0] - entropies[1]).abs().max() < 1e-4
@@ -442,45 +389,24 @@ def test_both_parameterizations_begin_with_the_same_policy(regularizer):
     assert torch.allclose(w @ w.T, tau**2 * torch.eye(A), atol=1e-7) and not one_q.Q.bias.any()
     assert {name.split(".")[0] for name in one_q.state_dict()} == {"trunk", "Q"}
 
-
-@pytest.mark.parametrize("regularizer, constant", [("entropy", 0.0), ("kl", -math.log(4))])
-def test_one_q_is_trained_in_the_convention_of_its_targets(tmp_path, monkeypatch, regularizer,
-                                                           constant):
-    """The network, the samples and the flag have the same log pi_bar."""
-    seen, samples, build = [], pgql_equiv.samples, pgql_equiv.SoftQ.__init__
-    monkeypatch.setattr(pgql_equiv, "samples",
-                        lambda *rest: seen.append(rest[4]) or samples(*rest))
-    monkeypatch.setattr(pgql_equiv.SoftQ, "__init__",
-                        lambda self, A, log_pi_bar, tau: seen.append(log_pi_bar) or build(
-                            self, A, log_pi_bar, tau))
-    pgql_equiv.train(tiny(pgql_equiv, tmp_path, **(SHORT | dict(total_timesteps=40)),
-                          parameterization="q", regularizer=regularizer))
-    assert len(seen) > 2
-    for log_pi_bar in seen:
-        assert torch.equal(log_pi_bar, torch.full((4,), constant))
-
-
 def test_theory_trains_and_resumes_from_the_command_line(tmp_path, monkeypatch):
     """c is 1/tau in the loss that is descended; the flag survives a checkpoint."""
-    seen, ql_loss = set(), pgql_equiv.ql_loss
+    seen = set()
     monkeypatch.setattr(pgql_equiv, "ql_loss",
                         lambda x, tau, c: seen.add((tau, c)) or ql_loss(x, tau, c))
-    args = tiny(pgql_equiv, tmp_path, **SHORT, vf_coef="theory", tau=0.02)
-    folder = pgql_equiv.train(args)["folder"]
+    folder = trained(pgql_equiv, tmp_path, **SHORT, vf_coef="theory", tau=0.02)
     assert seen == {(0.02, 50.0)}
-    monkeypatch.setattr(sys, "argv", ["pgql_equiv.py", "--resume", folder,
-                                      "--total-timesteps", "240"])
-    pgql_equiv.main(pgql_equiv.Args, pgql_equiv.train, pgql_equiv.__doc__)
-    assert seen == {(0.02, 50.0)} and rows(folder)[-1]["step"] == "240"
-    with open(f"{folder}/metrics.csv", newline="") as f:
-        assert all(math.isfinite(float(row["loss"])) for row in csv.DictReader(f))
+    monkeypatch.setattr(sys, "argv", ["pgql_equiv.py", "--resume", str(folder),
+                                      "--total-timesteps", "120"])
+    monkeypatch.setattr(pgql_equiv.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="^0$"):
+        pgql_equiv.main(pgql_equiv.Args, pgql_equiv.train)
+    assert seen == {(0.02, 50.0)} and rows(folder)[-1]["step"] == "120"
+    assert all(math.isfinite(float(row["loss"])) for row in rows(folder))
 
-
-def test_tau_zero_is_the_plain_policy_gradient_under_both_rules(double):
-    """Dueling allows it: the gap is of order tau."""
-    mdp = MDP(2)
-    model = Model(mdp, 52)
-    s, a = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[1, 0]])
-    x = batch_of(mdp, model, s, a, tau=0.0)
-    pg, ql = (model.gradient(f(x, 0.0, C).sum()) for f in (pgql_equiv.pg_loss, pgql_equiv.ql_loss))
-    assert (pg - ql).abs().max() < 1e-12 and pg.norm() > 1e-2
+@pytest.mark.parametrize("flag, value", [("vf_coef", "theory"), ("parameterization", "q")])
+def test_what_divides_by_a_tau_of_zero_is_refused(tmp_path, flag, value):
+    message = f"^--tau 0: --{flag.replace('_', '-')} {value} divides by it$"
+    with pytest.raises(ValueError, match=message):
+        pgql_equiv.train(tiny(pgql_equiv, tmp_path, tau=0.0, **{flag: value}))
+    assert not [*tmp_path.iterdir()]

@@ -1,10 +1,6 @@
-"""The paper's sections 3.5 and 6.2, numerically; the replay memory against a naive one; resume."""
-import dataclasses
+"""The paper's sections 3.5 and 6.2, numerically; the replay memory against a naive one; runs."""
+import copy
 import math
-import os
-import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,43 +8,38 @@ import torch
 
 import soft_dqn
 from exact import MDP
-from test_run import checkpoint, equal, resumed, rows, small, tiny, train_until
+from soft_dqn import AdamTF, Atari, Replay, boltzmann_sample, clip_each_, epsilon_greedy, targets
+from test_run import killed
+from util import checkpoint, equal, resumed, rows, tiny, trained
 
 TAU, GAMMA = 0.3, 0.9
-
 
 # --- the paper, float64 ---
 def value(Q, log_pi_bar, tau=TAU):
     """V_Q by its other form, Eq. 31: E_pi[Q] - tau KL[pi || pi_bar], pi by Eq. 28."""
-    weights = log_pi_bar.exp() * (Q / tau).exp()
-    pi = weights / weights.sum(-1, keepdim=True)
+    pi = policy(Q, log_pi_bar, tau)
     return (pi * Q).sum(-1) - tau * (pi * (pi.log() - log_pi_bar)).sum(-1)
-
 
 def policy(Q, log_pi_bar, tau=TAU):
     weights = log_pi_bar.exp() * (Q / tau).exp()
     return weights / weights.sum(-1, keepdim=True)
 
-
 def problem(seed):
     mdp = MDP(seed)
     return mdp, torch.randn(mdp.S, mdp.A, generator=torch.Generator().manual_seed(seed + 50))
 
-
-def expected_target(mdp, Q, n, behaviour, tau=TAU, target=soft_dqn.targets):
+def expected_target(mdp, Q, n, behavior, tau=TAU, target=targets):
     """E[y_t | s, a] over all paths of n steps that follow, (S, A), through targets()."""
-    total = torch.zeros(mdp.S, mdp.A)
-    weight = torch.zeros(mdp.S, mdp.A)
-    for probability, s, a in mdp.trajectories(n, behaviour):
+    total, weight = torch.zeros(2, mdp.S, mdp.A)
+    for probability, s, a in mdp.trajectories(n, behavior):
         here, after = s[:-1], s[1:]
-        y = target(mdp.r[here, a][:, None], mdp.ends[here, a][:, None], torch.zeros(n, 1),
-                   Q[after][:, None], mdp.log_pi_bar[after][:, None], tau, GAMMA)
+        y = target(mdp.r[here, a][:, None], mdp.ends[here, a][:, None], Q[after][:, None],
+                   mdp.log_pi_bar[after][:, None], tau, GAMMA)
         total[s[0], a[0]] += probability * y[0]
         weight[s[0], a[0]] += probability
     return total / weight
 
-
-def operator(mdp, Q, n, first_term=True):
+def operator(mdp, Q, n):
     """T^n Q of Eq. 33, 40 and 41 with the policy pi_Q throughout, by dynamic programming."""
     pi, result = policy(Q, mdp.log_pi_bar), Q
     kl = (pi * (pi.log() - mdp.log_pi_bar)).sum(-1)
@@ -56,7 +47,6 @@ def operator(mdp, Q, n, first_term=True):
         V = (pi * result).sum(-1) - TAU * kl
         result = mdp.r + GAMMA * (1 - mdp.ends) * (mdp.p @ V)
     return result
-
 
 @pytest.mark.parametrize("seed", range(3))
 def test_soft_value_and_policy_are_equations_29_to_31(double, seed):
@@ -69,17 +59,16 @@ def test_soft_value_and_policy_are_equations_29_to_31(double, seed):
     kl = soft_dqn.kl_divergence(log_pi, mdp.log_pi_bar)
     assert ((log_pi.exp() * Q).sum(-1) - TAU * kl - V).abs().max() < 1e-12  # Eq. 31
 
-
 @pytest.mark.parametrize("seed", range(3))
 def test_the_three_backups_are_equations_81_to_83_and_not_as_printed(double, seed):
     """Row by row for one transition that goes on and one that ends the game."""
     g = torch.Generator().manual_seed(seed)
     Q, r, A = torch.randn(1, 2, 4, generator=g), torch.randn(1, 2, generator=g), 4
-    ends, alive = torch.tensor([[0.0, 1.0]]), torch.tensor([1.0, 0.0])
+    done, alive = torch.tensor([[0.0, 1.0]]), torch.tensor([1.0, 0.0])
     uniform, none, lse = torch.tensor(-math.log(A)), torch.tensor(0.0), (Q[0] / TAU).exp().sum(-1)
 
     def y(log_pi_bar, tau):
-        return soft_dqn.targets(r, ends, torch.zeros(1, 2), Q, log_pi_bar, tau, GAMMA)
+        return targets(r, done, Q, log_pi_bar, tau, GAMMA)
 
     hard = r[0] + GAMMA * alive * Q[0].max(-1).values
     entropy = r[0] + GAMMA * alive * TAU * lse.log()
@@ -95,17 +84,15 @@ def test_the_three_backups_are_equations_81_to_83_and_not_as_printed(double, see
     for wrong in (only_tau, unmasked):
         assert (y(uniform, TAU) - wrong).abs().max() > 1e-2
 
-
 @pytest.mark.parametrize("seed", range(3))
-def test_one_step_is_equations_39_and_45_under_any_behaviour(double, seed):
+def test_one_step_is_equations_39_and_45_under_any_behavior(double, seed):
     mdp, Q = problem(seed)
     expected = mdp.r + GAMMA * (1 - mdp.ends) * (mdp.p @ value(Q, mdp.log_pi_bar))
     assert (expected - operator(mdp, Q, 1)).abs().max() < 1e-12
-    for behaviour in (policy(Q, mdp.log_pi_bar), torch.tensor([[0.9, 0.1]]).repeat(mdp.S, 1)):
-        assert (expected_target(mdp, Q, 1, behaviour) - expected).abs().max() < 1e-10
+    for behavior in (policy(Q, mdp.log_pi_bar), torch.tensor([[0.9, 0.1]]).repeat(mdp.S, 1)):
+        assert (expected_target(mdp, Q, 1, behavior) - expected).abs().max() < 1e-10
     here = (mdp.r + GAMMA * (policy(Q, mdp.log_pi_bar) * Q).sum(-1)[:, None])  # Eq. 38 as printed
     assert (here - expected).abs().max() > 1e-3
-
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(2))
@@ -119,61 +106,49 @@ def test_n_steps_are_equation_46_with_games_that_end_inside_the_window(double, s
     gap = (expected_target(mdp, Q, n, other) - exact).abs().max()
     assert gap < 1e-10 if n == 1 else gap > 1e-3, "the bias that the docstring speaks of"
 
-    def printed(r, ends, cut, Q, log_pi_bar, tau, gamma):  # gamma^{t+n} at t = 5
-        y = soft_dqn.targets(r, ends, cut, Q, log_pi_bar, tau, gamma)
-        alive = (1 - ends).prod(0)
-        V = value(Q[-1], log_pi_bar[-1], tau)
-        return y + alive * (gamma ** (5 + len(r)) - gamma ** len(r)) * V
+    def printed(r, done, Q, log_pi_bar, tau, gamma):  # gamma^{t+n} at t = 5
+        y, V = targets(r, done, Q, log_pi_bar, tau, gamma), value(Q[-1], log_pi_bar[-1], tau)
+        return y + (1 - done).prod(0) * (gamma ** (5 + len(r)) - gamma ** len(r)) * V
 
-    def first_kl(r, ends, cut, Q, log_pi_bar, tau, gamma):  # KL_t at d = 0 as well
+    def first_kl(r, done, Q, log_pi_bar, tau, gamma):  # KL_t at d = 0 as well
         kl = tau * (own * (own.log() - mdp.log_pi_bar)).sum(-1)[0]
-        return soft_dqn.targets(r, ends, cut, Q, log_pi_bar, tau, gamma) - kl
+        return targets(r, done, Q, log_pi_bar, tau, gamma) - kl
 
     for wrong in (printed, first_kl):
         assert (expected_target(mdp, Q, n, own, target=wrong) - exact).abs().max() > 1e-3
 
-
 @pytest.mark.parametrize("tau", [0.0, TAU])
 @pytest.mark.parametrize("seed", range(3))
-def test_targets_are_the_forward_sum_with_every_kind_of_ending(double, seed, tau):
+def test_targets_are_the_forward_sum_wherever_it_ends(double, seed, tau):
     g = torch.Generator().manual_seed(seed)
     n, B, A = 4, 60, 3
     Q, r = torch.randn(n, B, A, generator=g), torch.randn(n, B, generator=g)
-    terminated, truncated = (torch.rand(2, n, B, generator=g) < 0.25).double()
+    done = (torch.rand(n, B, generator=g) < 0.25).double()
     log_pi_bar = torch.randn(A, generator=g).log_softmax(-1)
-    y = soft_dqn.targets(r, terminated, truncated, Q, log_pi_bar, tau, GAMMA)
+    y = targets(r, done, Q, log_pi_bar, tau, GAMMA)
     V = value(Q, log_pi_bar) if tau else Q.max(-1).values
     pi = policy(Q, log_pi_bar)
     kl = (pi * (pi.log() - log_pi_bar)).sum(-1)
+    assert {*done.cumsum(0).gt(0).sum(0).tolist()} == {*range(n + 1)}, "it ends at every step"
     for b in range(B):
         total = 0.0
         for d in range(n):
             total += GAMMA**d * (r[d, b] - (tau * kl[d - 1, b] if d else 0.0))
-            if terminated[d, b]:
+            if done[d, b]:
                 break
-            if truncated[d, b] or d == n - 1:
-                total += GAMMA ** (d + 1) * V[d, b]
-                break
+        else:
+            total += GAMMA**n * V[-1, b]
         assert abs(y[b] - total) < 1e-10
 
-
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_the_maximum_needs_only_the_state_where_the_sum_ends(double, n):
+def test_the_maximum_needs_only_the_last_state(double, n):
     """Eq. 81 with n steps: one network pass in place of n, the same targets."""
     g = torch.Generator().manual_seed(n)
-    B, A = 80, 3
-    next_obs, r = torch.randn(n, B, A, generator=g), torch.randn(n, B, generator=g)
-    terminated, truncated = (torch.rand(2, n, B, generator=g) < 0.25).double()
-    batch = soft_dqn.Batch(None, None, r, terminated, truncated, next_obs, None)
-    last = soft_dqn.last_obs(batch)
-    assert last.shape == (1, B, A)
-
-    def y(Q):
-        return soft_dqn.targets(r, terminated, truncated, Q, torch.tensor(0.0), 0.0, GAMMA)
-
-    assert torch.equal(y(next_obs.sin()), y(last.sin()))
-    assert n == 1 or (y(next_obs[-1:].sin()) - y(last.sin())).abs().max() > 0.1
-
+    Q, r = torch.randn(n, 80, 3, generator=g), torch.randn(n, 80, generator=g)
+    done = (torch.rand(n, 80, generator=g) < 0.25).double()
+    y = [targets(r, done, x, torch.tensor(0.0), 0.0, GAMMA) for x in (Q, Q[-1:], Q[:1])]
+    assert torch.equal(y[0], y[1])
+    assert n == 1 or (y[0] - y[2]).abs().max() > 0.1
 
 def test_the_printed_soft_targets_diverge_and_the_corrected_converge(double):
     """Q(s) <- r + gamma V_Q(s) on one state: the printed forms answer Q + 1 with gamma / tau."""
@@ -186,18 +161,15 @@ def test_the_printed_soft_targets_diverge_and_the_corrected_converge(double):
         again = r + gamma * soft_dqn.soft_value(Q, log_pi_bar, tau)[:, None]
         assert (Q - again).abs().max() < 1e-10 and printed.abs().max() > 1e12
 
-
 def test_tau_to_zero_is_the_hard_maximum(double):
     mdp, Q = problem(0)
     A = mdp.A
     for log_pi_bar in (torch.zeros(A), torch.full((A,), -math.log(A))):
         hard = soft_dqn.soft_value(Q, log_pi_bar, 0.0)
         assert torch.equal(hard, Q.max(-1).values)
-        gaps = [(soft_dqn.soft_value(Q, log_pi_bar, tau) - hard).abs().max()
-                for tau in (1e-1, 1e-2, 1e-3, 1e-6)]
-        assert all(gap <= tau * math.log(A) + 1e-12
-                   for gap, tau in zip(gaps, (1e-1, 1e-2, 1e-3, 1e-6)))
-
+        for tau in (1e-1, 1e-2, 1e-3, 1e-6):
+            gap = (soft_dqn.soft_value(Q, log_pi_bar, tau) - hard).abs().max()
+            assert gap <= tau * math.log(A) + 1e-12
 
 def test_large_q_over_tau_is_stable_in_float32():
     Q = torch.tensor([[1e4, 1e4 - 2e-3, -1e4], [-1e4, -1e4, -1e4]], requires_grad=True)
@@ -210,17 +182,17 @@ def test_large_q_over_tau_is_stable_in_float32():
     assert ((log_pi - exact)[near]).abs().max() < 1e-5
     assert (log_pi.exp().sum(-1) - 1).abs().max() < 1e-6
     kl = soft_dqn.kl_divergence(log_pi, zero)
-    y = soft_dqn.targets(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2),
-                         Q.expand(2, 2, 3), zero, tau, 0.99)
+    y = targets(torch.ones(2, 2), torch.zeros(2, 2), Q.expand(2, 2, 3), zero, tau, 0.99)
     (V.sum() + kl.sum() + y.sum()).backward()
     assert all(x.isfinite().all() for x in (V, log_pi, kl, y, Q.grad))
-
 
 @pytest.mark.parametrize("kind", ["square", "huber"])
 @pytest.mark.parametrize("backup", ["hard", "entropy", "kl"])
 def test_gradient_descent_on_the_loss_finds_the_optimal_q_of_value_iteration(double, backup, kind):
     """Over all transitions of a random MDP, weighted by their probability."""
     mdp, gamma = MDP(3), 0.8
+    counts = (100 * mdp.p).round().long()  # of transitions: their mean is one over mdp.p
+    mdp.p = counts / counts.sum(-1, keepdim=True)
     tau = 0.0 if backup == "hard" else TAU
     log_pi_bar = torch.tensor(-math.log(mdp.A) if backup == "kl" else 0.0)
     best = torch.zeros(mdp.S, mdp.A)
@@ -228,84 +200,83 @@ def test_gradient_descent_on_the_loss_finds_the_optimal_q_of_value_iteration(dou
         lse = (best / TAU).exp().sum(-1).log() + log_pi_bar
         V = best.max(-1).values if backup == "hard" else TAU * lse
         best = mdp.r + gamma * (1 - mdp.ends) * (mdp.p @ V)
-    s, a, s_next = (x.flatten() for x in torch.meshgrid(
-        *(torch.arange(k) for k in mdp.p.shape), indexing="ij"))
+    s, a, s_next = counts.nonzero().repeat_interleave(counts[counts > 0], 0).T
     Q = torch.zeros(mdp.S, mdp.A, requires_grad=True)
     for _ in range(2000):
-        y = soft_dqn.targets(mdp.r[s, a][None], mdp.ends[s, a][None], torch.zeros(1, len(s)),
-                             Q.detach()[s_next][None], log_pi_bar, tau, gamma)
-        L = soft_dqn.loss(Q[s], a, y, mdp.p[s, a, s_next], kind)
+        y = targets(mdp.r[s, a][None], mdp.ends[s, a][None], Q.detach()[s_next][None], log_pi_bar,
+                    tau, gamma)
+        L = soft_dqn.loss(Q[s], a, y, kind)
         Q.data -= 3.0 * torch.autograd.grad(L, Q)[0]
     assert L.item() > 0, "the minimum is the mean of different targets"
     assert (Q - best).abs().max() < (1e-3 if kind == "square" else 0.2)
 
-
-def test_loss_is_half_the_square_or_hubers_mean_over_what_has_weight(double):
+def test_loss_is_the_mean_of_half_the_square_or_hubers(double):
     g = torch.Generator().manual_seed(0)
     Q, y = 3 * torch.randn(50, 4, generator=g), torch.randn(50, generator=g)
     a = torch.randint(4, (50,), generator=g)
-    weight = (torch.rand(50, generator=g) < 0.7).double()
-    error = [(Q[i, a[i]] - y[i]).abs() for i in range(50) if weight[i]]
+    error = [(Q[i, a[i]] - y[i]).abs() for i in range(50)]
     square = sum(0.5 * e**2 for e in error) / len(error)
     huber = sum(0.5 * e**2 if e < 1 else e - 0.5 for e in error) / len(error)
-    assert abs(soft_dqn.loss(Q, a, y, weight, "square") - square) < 1e-12
-    assert abs(soft_dqn.loss(Q, a, y, weight, "huber") - huber) < 1e-12
-    assert max(error) > 2 and soft_dqn.loss(Q, a, y, 0 * weight, "huber") == 0
-
+    assert abs(soft_dqn.loss(Q, a, y, "square") - square) < 1e-12
+    assert abs(soft_dqn.loss(Q, a, y, "huber") - huber) < 1e-12 and max(error) > 2
 
 # --- the DQN underneath ---
-def test_adam_is_tensorflows(double):
+def test_adam_is_tensorflows_also_after_a_reload(double):
     """Against the formula, with the epsilon that is not corrected; torch.optim.Adam differs."""
     p, q = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     lr, m, v, x = 1e-4, 0.0, 0.0, np.zeros(3)
-    optimizer, other = soft_dqn.AdamTF([p], lr), torch.optim.Adam([q], lr, eps=1e-4)
+    optimizer, other = AdamTF([p], lr), torch.optim.Adam([q], lr, eps=1e-4)
     rng = np.random.default_rng(0)
     for t in range(1, 200):
+        if t in (2, 100):  # as a checkpoint does it, without the groups
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            optimizer = AdamTF([p], lr)
+            optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
         g = rng.normal(size=3) * 1e-3
         p.grad, q.grad = torch.tensor(g), torch.tensor(g)
-        optimizer.step(torch.tensor(True))
+        optimizer.step()
         other.step()
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        x = x - lr * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-4)
-        assert np.abs(p.detach().numpy() - x).max() < 1e-14
+        step = lr * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-4)
+        x = x - step
+        assert np.abs(p.detach().numpy() - x).max() < 1e-10 * np.abs(step).max()
     assert (p - q).abs().max() > 1e-4
-
-
-def test_adam_leaves_everything_alone_when_the_update_is_not_finite():
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = soft_dqn.AdamTF([p], 0.1)
-    for when in (False, True, False):  # also as the very first update
-        p.grad = torch.ones(3) if when else torch.tensor([math.nan, math.inf, 1.0])
-        before, state = p.detach().clone(), repr((optimizer.state, optimizer.param_groups[0]["t"]))
-        optimizer.step(torch.tensor(when))
-        after = repr((optimizer.state, optimizer.param_groups[0]["t"]))
-        assert torch.equal(p, before) != when and (after == state) != when
-
 
 def test_each_tensor_is_clipped_by_its_own_norm():
     params = [torch.nn.Parameter(torch.zeros(k)) for k in (4, 9, 1, 2)]
     for p, scale in zip(params, (1.0, 20.0, 0.0, 10.0)):
         p.grad = torch.full_like(p, scale)
-    norm = soft_dqn.clip_each_(params, 10.0)
+    norm = clip_each_(params, 10.0)
     assert norm.item() == pytest.approx(math.sqrt(4 + 9 * 400 + 2 * 100))
     assert [p.grad.norm().item() for p in params] == pytest.approx([2, 10, 0, 10])
 
+def noise_like(Q, seed=0):
+    return torch.empty_like(Q).exponential_(generator=torch.Generator().manual_seed(seed))
+
+@pytest.mark.parametrize("epsilon", [0.2, torch.tensor(0.2)])
+def test_exploration_follows_its_policy(epsilon):
+    N = 100_000
+    Q = torch.tensor([0.1, 0.3, 0.0, -0.2]).repeat(N, 1)
+    noise = noise_like(Q)
+    for sampled, expected in (
+            (epsilon_greedy(Q, epsilon, noise), torch.tensor([0.05, 0.85, 0.05, 0.05])),
+            (epsilon_greedy(Q, 5 * epsilon, noise), torch.full((4,), 0.25)),
+            (boltzmann_sample(Q, 0.1, noise), (Q[0] / 0.1).softmax(-1))):
+        frequency = sampled.bincount(minlength=4) / N
+        assert (frequency - expected).abs().max() < 4 * math.sqrt(0.25 / N)
+    assert (epsilon_greedy(Q, 0 * epsilon, noise) == 1).all()
 
 def test_the_actions_are_on_the_last_axis_whatever_stands_before_it():
     g = torch.Generator().manual_seed(5)
-    Q, y, weight = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3), torch.ones(2, 3)
-    a = torch.randint(4, (2, 3), generator=g)
+    Q, y, a = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3), torch.randint(4, (2, 3))
     for kind in ("huber", "square"):
-        parts = [soft_dqn.loss(*x, kind) for x in zip(Q, a, y, weight)]
-        assert abs(soft_dqn.loss(Q, a, y, weight, kind) - sum(parts) / 2) < 1e-6
-    assert torch.equal(soft_dqn.epsilon_greedy(Q, 0.0, g), Q.argmax(-1))
-    random = torch.stack([soft_dqn.epsilon_greedy(Q, 1.0, g) for _ in range(200)])
-    assert random.shape == (200, 2, 3) and sorted(random.unique().tolist()) == [0, 1, 2, 3]
-    half = torch.stack([soft_dqn.epsilon_greedy(Q, 0.5, g) for _ in range(200)])
+        parts = [soft_dqn.loss(*x, kind) for x in zip(Q, a, y)]
+        assert abs(soft_dqn.loss(Q, a, y, kind) - sum(parts) / 2) < 1e-6
+    half = epsilon_greedy(Q.expand(200, 2, 3, 4), 0.5, noise_like(Q.expand(200, 2, 3, 4).clone()))
     best = (half == Q.argmax(-1)).float().mean(0)
+    assert half.shape == (200, 2, 3) and sorted(half.unique().tolist()) == [0, 1, 2, 3]
     assert ((best > 0.5) & (best < 0.75)).all() and len(best.unique()) > 1, "each on its own"
-    assert torch.equal(soft_dqn.boltzmann_sample(Q, 1e-4, g), Q.argmax(-1))
-
+    assert torch.equal(boltzmann_sample(Q, 1e-4, noise_like(Q)), Q.argmax(-1))
 
 def test_network_has_xavier_uniform_weights_and_3136_features():
     torch.manual_seed(0)
@@ -323,7 +294,6 @@ def test_network_has_xavier_uniform_weights_and_3136_features():
     assert net(obs).shape == (2, 3, 6)
     assert torch.allclose(net(obs)[1, 2], net.Q(obs[1, 2:].float() / 255)[0], atol=1e-6)
 
-
 def test_defaults_are_those_of_the_authors_dqn():
     args = soft_dqn.Args()
     assert (args.learning_rate, args.max_grad_norm, args.batch_size, args.gamma) == (
@@ -332,390 +302,262 @@ def test_defaults_are_those_of_the_authors_dqn():
             args.buffer_size, args.total_timesteps) == (4, 40_000, 50_000, 10**6, 10**7)
     assert (args.backup, args.tau, args.n_step, args.loss, args.exploration, args.eval_epsilon) == (
         "soft-entropy", 0.1, 1, "huber", "epsilon-greedy", 0.01)
-    group = soft_dqn.AdamTF([torch.nn.Parameter(torch.zeros(1))], 1e-4).param_groups[0]
-    assert group["eps"] == 1e-4 and group["betas"] == (0.9, 0.999)
-    horizon = dataclasses.replace(args, schedule_timesteps=args.total_timesteps)
+    optimizer = AdamTF([torch.nn.Parameter(torch.zeros(1))], 1e-4)
+    assert optimizer.eps == 1e-4 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     for step, epsilon in ((0, 1), (500_000, 0.55), (10**6, 0.1), (5_500_000, 0.055), (10**7, 0.01),
                           (2 * 10**7, 0.01)):
-        assert soft_dqn.epsilon_at(step, horizon) == pytest.approx(epsilon)
-
-
-def test_exploration_follows_its_policy():
-    g, N = torch.Generator().manual_seed(0), 100_000
-    Q = torch.tensor([0.1, 0.3, 0.0, -0.2]).repeat(N, 1)
-    for sampled, expected in (
-            (soft_dqn.epsilon_greedy(Q, 0.2, g), torch.tensor([0.05, 0.85, 0.05, 0.05])),
-            (soft_dqn.boltzmann_sample(Q, 0.1, g), (Q[0] / 0.1).softmax(-1))):
-        frequency = sampled.bincount(minlength=4) / N
-        assert (frequency - expected).abs().max() < 4 * math.sqrt(0.25 / N)
-    assert (soft_dqn.epsilon_greedy(Q, 0.0, g) == 1).all()
-
+        assert soft_dqn.epsilon_at(step, args) == pytest.approx(epsilon)
 
 # --- the replay memory ---
 class Naive:
-    """A list of entries for each environment, as plain as can be; an entry is a dict or None.
+    """All steps of each environment in lists, observations whole, as the environment gave them."""
+    def __init__(self, N):
+        self.steps = [[] for _ in range(N)]
 
-    None stands where the memory spends a slot on the last frame of a cut game, and for the slot
-    that is open. Observations are kept whole, as the environment gave them.
-    """
+    def begin(self, obs):
+        """A game that is cut: the step that was about to be made is none that can be drawn."""
+        for steps in self.steps:
+            steps.append(dict(cut=True))
+        self.obs = obs
 
-    def __init__(self, obs):
-        self.obs, self.age = obs, [0] * len(obs)
-        self.entries = [[] for _ in obs]
+    def add(self, a, r, terminated, truncated, obs):
+        for i, steps in enumerate(self.steps):
+            steps.append(dict(obs=self.obs[i], a=a[i], r=r[i], done=terminated[i],
+                              cut=bool(truncated[i]), next_obs=obs[i]))
+        self.obs = obs
 
-    def add(self, a, s, reward, terminated, truncated, final_s, ended):
-        new = {i for i, *_ in ended}
-        for i, entries in enumerate(self.entries):
-            entries.append(dict(obs=self.obs[i], a=int(a[i]), r=float(np.sign(reward[i])),
-                                terminated=bool(terminated[i]), truncated=bool(truncated[i]),
-                                next_obs=final_s[i] if truncated[i] else s[i], age=self.age[i]))
-            self.age[i] = 0 if i in new else self.age[i] + 1
-            if truncated[i]:
-                entries.append(None)
-        self.obs = s
-
-    def restart(self, obs):
-        for entries in self.entries:
-            if entries[-1]:  # else the step before it cut the game
-                entries[-1]["truncated"] = True
-            entries.append(None)
-        self.obs, self.age = obs, [0] * len(obs)
-
-    def transitions(self, C, n):
-        """What can be drawn, oldest first, from the C newest entries of each environment."""
-        for entries in self.entries:
-            entries = [*entries, None]  # the open slot
-            low = max(0, len(entries) - C)
-            for k in range(low, len(entries) - n):
-                if entries[k] and k - min(3, entries[k]["age"]) >= low:
-                    yield self.window(entries[k:k + n])
-
-    @staticmethod
-    def window(entries):
-        used = []
-        for entry in entries:
-            used.append(entry)
-            if entry["terminated"] or entry["truncated"]:
-                break
-        return used
-
+    def windows(self, C, n):
+        """Those that can be drawn from the C newest slots, one of them open, by (t, env)."""
+        for i, steps in enumerate(self.steps):
+            first = len(steps) - C + 4 if len(steps) >= C else 0  # the stack needs three before it
+            for t in range(first, len(steps) - n + 1):
+                if not any(step["cut"] for step in steps[t:t + n]):
+                    yield (t, i), steps[t:t + n]
 
 def check_against_naive(memory, naive, n):
-    """Every transition of the memory and, beyond the order, none but those of the naive one."""
-    starts = (memory.head.clamp(max=memory.C) - n).clamp(min=0).sum().item()
-    batch = memory.sample((torch.arange(starts, dtype=torch.float64) + 0.5) / starts, n)
-    kept = batch.weight.nonzero().flatten().tolist()
-    expected = list(naive.transitions(memory.C, n))
-    assert len(kept) == len(expected) > 0
-    for b, window in zip(kept, expected):
-        assert np.array_equal(batch.obs[b], window[0]["obs"]) and batch.a[b] == window[0]["a"]
-        for d, entry in enumerate(window):
-            assert batch.r[d, b] == entry["r"]
-            assert bool(batch.terminated[d, b]) == entry["terminated"]
-            if not entry["terminated"]:
-                assert bool(batch.truncated[d, b]) == entry["truncated"]
-                assert np.array_equal(batch.next_obs[d, b], entry["next_obs"])
-    return len(expected)
+    """All that can be drawn is drawn, equally often, and is right; nothing else is drawn."""
+    windows = dict(naive.windows(memory.C, n))
+    draws = memory.draw(60 * len(windows), n)
+    found, counts = draws.unique(dim=1, return_counts=True)
+    assert [*map(tuple, found.T.tolist())] == sorted(windows)
+    k = len(windows)
+    chi_square = (counts - 60).square().sum() / 60
+    assert abs(chi_square - (k - 1)) < 5 * math.sqrt(2 * k)
+    batch = memory.sample(found, n)
+    for b, key in enumerate(sorted(windows)):
+        window = windows[key]
+        assert torch.equal(batch.obs[b], window[0]["obs"]) and batch.a[b] == window[0]["a"]
+        for d, step in enumerate(window):
+            assert batch.r[d, b] == step["r"] and batch.done[d, b] == step["done"]
+            assert torch.equal(batch.next_obs[d, b], step["next_obs"])
 
-
-@pytest.mark.parametrize("game, frames, steps, C", [
-    ("ALE/Breakout-v5", 260, 330, 150), ("ALE/Breakout-v5", 108_000, 330, 1000),
-    ("ALE/Breakout-v5", 40, 60, 23)])
-def test_every_sampled_transition_is_that_of_a_naive_memory(game, frames, steps, C):
+@pytest.mark.parametrize("frames, steps, C", [(260, 330, 150), (108_000, 330, 1000), (40, 60, 23)])
+def test_every_window_that_is_drawn_is_that_of_a_naive_memory(frames, steps, C):
     """Real episodes: lives lost, games over, time limits, a restart of all games, a ring's wrap."""
-    N = 2
-    args = soft_dqn.Args(env_id=game, max_episode_frames=frames)
-    envs, rng = soft_dqn.Atari(args, N), np.random.default_rng(0)
-    memory, cpu = soft_dqn.Replay(N, C, torch.device("cpu")), []
-    s = envs.reset(np.array([1, 2]))
-    assert torch.equal(memory.begin(s), torch.from_numpy(s))
-    naive, lost, over, cut = Naive(s), 0, 0, 0
+    N, rng = 2, np.random.default_rng(0)
+    envs = Atari(tiny(soft_dqn, "", max_episode_frames=frames), N)
+    memory, naive = Replay(N, C, "cpu"), Naive(N)
+    lost = over = cut = 0
+    torch.manual_seed(0)
     for t in range(steps):
-        a = rng.choice([0, 1, 1, 2, 3], N)
-        received = envs.step(a)
-        obs = memory.add(torch.from_numpy(a), *received, envs.ended)
-        naive.add(a, *received, envs.ended)
-        assert np.array_equal(obs, received[0])
-        lost += received[2].sum()
-        over += sum(not game[3] for game in envs.ended)
-        cut += received[3].sum()
-        if t == steps * 2 // 3:
-            s = envs.reset(np.array([3, 4]))
-            memory.begin(s)
-            naive.restart(s)
-        if t in (6, steps // 4, steps * 2 // 3, steps * 2 // 3 + 2, steps - 1):
-            cpu.append([check_against_naive(memory, naive, n) for n in (1, 3)])
-    assert lost > over or frames == 40
-    assert over if frames > 10_000 else cut
-    assert (memory.head > C).any() == (C < 1000) and len(set(memory.head.tolist())) <= N
+        if t in (0, steps * 2 // 3):
+            s = memory.begin(envs.reset(np.array([t + 1, t + 2])))
+            naive.begin(s)
+        a = torch.from_numpy(rng.choice([0, 1, 1, 2, 3], N))
+        envs.send(a)
+        obs, r, terminated, truncated, _ = envs.recv()
+        started = [game[0] for game in envs.ended]
+        memory.add(a, r.sign(), terminated, truncated, obs, started)
+        naive.add(a, r.sign(), terminated, truncated, obs)
+        lost, cut = lost + terminated.sum(), cut + truncated.sum()
+        over, envs.ended = over + len(started), []
+        if t in (6, steps // 4, steps * 2 // 3 + 3, steps - 1):
+            for n in (1, 3):
+                check_against_naive(memory, naive, n)
+    assert memory.t == steps + 2 and (memory.t > C) == (C < 1000)
+    assert lost > over - cut if frames > 40 else cut
+    assert over > cut == 0 if frames > 10_000 else cut
 
+def test_a_life_lost_before_a_cut_is_not_drawn_either():
+    """Else deaths would be drawn more often than they happen; n = 3, the cut behind step 9."""
+    memory, obs, zero = Replay(1, 50, "cpu"), torch.zeros(1, 4, 84, 84, dtype=torch.uint8), 0
+    memory.begin(obs)  # slot 0
+    for t in range(1, 20):
+        memory.add(zero, zero, int(t == 8), t == 9, obs, [0] if t == 9 else [])
+    starts = memory.draw(2000, 3)[0].unique().tolist()
+    assert starts == [t for t in range(1, 18) if t not in (7, 8, 9)]
+    assert memory.draw(2000, 1)[0].unique().tolist() == [t for t in range(1, 20) if t != 9]
 
-def random_step(rng, N):
-    """What Atari.recv and .ended would say, in pictures of noise."""
-    terminated, truncated, over = rng.random((3, N)) < 0.1
-    ended = [(i, 0.0, 1, truncated[i]) for i in np.flatnonzero(truncated | terminated & over)]
-    return (torch.from_numpy(rng.integers(0, 4, N)),
-            *rng.integers(0, 256, (1, N, 4, 84, 84), np.uint8), rng.integers(-3, 3, N), terminated,
-            truncated, rng.integers(0, 256, (N, 4, 84, 84), np.uint8), ended)
+def test_a_memory_of_nothing_but_cuts_says_so():
+    memory, obs = Replay(1, 50, "cpu"), torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
+    for _ in range(30):
+        memory.begin(obs)
+        memory.add(0, 0, 0, False, obs, [])
+    assert memory.draw(4, 1).shape == (2, 4)
+    with pytest.raises(ValueError, match="^--n-step 2: .*cuts"):
+        memory.draw(4, 2)
 
-
-def filled(N, C, steps, seed=0, folder=None):
-    rng, memory = np.random.default_rng(seed), soft_dqn.Replay(N, C, torch.device("cpu"), folder)
-    memory.begin(rng.integers(0, 256, (N, 4, 84, 84), np.uint8))
-    for _ in range(steps):
-        memory.add(*random_step(rng, N))
-    return memory, rng
-
-
-def test_every_transition_is_equally_likely():
-    """Also where environments have written different numbers of slots."""
-    memory, _ = filled(3, 40, 30)
-    assert len(set(memory.head.tolist())) > 1
-    starts = memory.head.clamp(max=40) - 1
-    u = torch.rand(60_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    batch = [memory.sample(part, 1) for part in u.split(1000)]
-    keys, weight = (torch.cat(x) for x in zip(*(
-        (b.obs[:, 3, 0, :8].double() @ 256.0 ** torch.arange(6, -2, -1).double(), b.weight)
-        for b in batch)))
-    counts = keys[weight > 0].unique(return_counts=True)[1].double()
-    usable = int(starts.sum() - memory.last.sum())
-    assert len(counts) == usable
-    expected = len(u) / starts.sum()
-    assert (counts - expected).abs().max() < 5 * expected.sqrt()
-
-
-def test_a_memory_that_does_not_fit_is_refused_with_both_numbers(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(soft_dqn, "free_bytes", lambda cuda: 2**30)
-    with pytest.raises(soft_dqn.Refused, match=r"--buffer-size 1000000: the replay memory needs "
-                       r"6\.58 GiB of memory, 1\.00 GiB are free"):
-        soft_dqn.train(soft_dqn.Args(device="cpu"))
-    assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
-    assert 2**20 < soft_dqn.free_bytes(False) < 2**50
-
+def test_an_update_never_looks_at_the_values_of_the_device():
+    """On the meta device there are none: so a GPU is not waited for, and all is on it."""
+    memory, device = Replay(2, 20, "meta"), torch.device("meta")
+    obs = torch.zeros(2, 4, 84, 84, dtype=torch.uint8, device=device)
+    memory.begin(obs)
+    for _ in range(12):
+        a = torch.zeros(2, dtype=torch.int64, device=device)
+        memory.add(a, a.float(), a.bool(), torch.zeros(2, dtype=torch.bool), obs, [1])
+    with device:
+        net, target = soft_dqn.QNetwork(4), soft_dqn.QNetwork(4)
+    optimizer = AdamTF(net.parameters(), 1e-4, fused=False)
+    for n, tau, log_pi_bar in ((1, 0.0, 0.0), (3, 0.1, -math.log(4))):
+        batch = memory.sample(memory.draw(5, n), n)
+        y = targets(batch.r, batch.done, target(batch.next_obs), log_pi_bar, tau, GAMMA)
+        L = soft_dqn.loss(net(batch.obs), batch.a, y, "huber")
+        L.backward()
+        norm = clip_each_(net.parameters(), 10.0)
+        optimizer.step()
+        shapes = [(5, 4, 84, 84), (5,), (n, 5), (n, 5), (n, 5, 4, 84, 84), (5,), (), ()]
+        assert [tuple(x.shape) for x in (*batch, y, L, norm)] == shapes
+        grads = [p.grad for p in net.parameters()]
+        assert {x.device for x in (*batch, y, L, norm, *grads)} == {device}
 
 # --- runs ---
-SIX = ("--backup hard", "--backup hard --n-step 5", "--backup soft-entropy --tau 0.1",
-       "--backup soft-entropy --tau 0.01", "--backup soft-kl --tau 0.1",
-       "--backup soft-kl --tau 0.01")  # the arms of Figure 2
-MORE = ("--backup hard --tau 0", "--backup soft-kl --n-step 5",
-        "--n-step 3 --exploration boltzmann --loss square")
+SIX = (dict(backup="hard"), dict(backup="hard", n_step=5), dict(tau=0.1), dict(tau=0.01),
+       dict(backup="soft-kl", tau=0.1), dict(backup="soft-kl", tau=0.01))  # the arms of Figure 2
+MORE = (dict(backup="hard", tau=0.0), dict(backup="soft-kl", n_step=5),
+        dict(n_step=3, exploration="boltzmann", loss="square"))
 
-
-@pytest.mark.parametrize("arm", SIX + MORE)
-def test_every_arm_trains_resumes_and_evaluates_from_the_command_line(arm, tmp_path, monkeypatch,
-                                                                      capsys):
-    def command(*flags):
-        monkeypatch.setattr(sys, "argv", ["soft_dqn.py", *flags])
-        soft_dqn.main(soft_dqn.Args, soft_dqn.train, soft_dqn.__doc__)
-
-    command(*small(soft_dqn), "--total-timesteps", "200", "--runs-dir", str(tmp_path), *arm.split())
-    folder, = tmp_path.iterdir()
-    command("--resume", str(folder), "--total-timesteps", "300")
-    row = rows(folder)[-1]
-    assert row["step"] == "300" and row["updates"] == "65"
-    assert all(math.isfinite(float(row[name])) for name in soft_dqn.TERMS)
-    assert (row["max_Q"] == row["V_Q"]) == ("hard" in arm)
-    saved = checkpoint(soft_dqn, folder)["args"]
-    for flag, value in zip(arm.split()[::2], arm.split()[1::2]):
-        assert str(saved[flag[2:].replace("-", "_")]).removesuffix(".0") == value
-    command("--evaluate", str(folder), "--eval-episodes", "2")
-    assert "evaluation at step 300" in capsys.readouterr().out
-
+@pytest.mark.parametrize("arm", SIX + MORE, ids=str)
+def test_every_arm_trains(arm, tmp_path):
+    run = trained(soft_dqn, tmp_path, total_timesteps=120, **arm)
+    first, last = rows(run)
+    assert list(last)[2:] == [*soft_dqn.TERMS, "epsilon", "updates", "replay_fill"]
+    assert last["step"] == "120" and last["updates"] == str(120 // 4 - 40 // 4)
+    assert all(math.isfinite(float(last[name])) for name in soft_dqn.TERMS)
+    assert (last["max_Q"] == last["V_Q"]) == (arm.get("backup") == "hard")
+    assert 0 <= float(last["entropy"]) <= math.log(4) + 1e-6
+    assert arm.items() <= checkpoint(soft_dqn, run)["args"].items()
 
 @pytest.mark.parametrize("num_envs", [1, 3, 8])
 def test_updates_per_step_do_not_depend_on_environments_nor_see_the_step_in_flight(
         num_envs, tmp_path, monkeypatch):
-    log, sent = [], []
+    log = []
 
-    def watch(owner, name, note):
+    def watch(owner, name):
         original = getattr(owner, name)
 
         def watched(self, *args):
-            note(self)
+            log.append((name, getattr(self, "t", None)))
             return original(self, *args)
         monkeypatch.setattr(owner, name, watched)
 
-    def sampled(memory):
-        stored = memory.head - 1 - memory.last.sum(-1)  # no game has been restarted here
-        log.append((len(sent), stored.tolist()))
-
-    watch(soft_dqn.Atari, "send", sent.append)
-    watch(soft_dqn.Replay, "sample", sampled)
-    steps = []
-    watch(soft_dqn.AdamTF, "step", steps.append)
-    args = tiny(soft_dqn, tmp_path, num_envs=num_envs, total_timesteps=240, train_frequency=4,
-                learning_starts=60, log_every=1)
-    folder = soft_dqn.train(args)["folder"]
-    assert len(steps) == 240 // 4 - 60 // 4 == len(log)
-    assert all(stored == [in_flight - 1] * num_envs for in_flight, stored in log)
-    for row in rows(folder):
+    for owner, name in ((Atari, "send"), (Replay, "sample"), (AdamTF, "step"), (Atari, "recv")):
+        watch(owner, name)
+    run = trained(soft_dqn, tmp_path, num_envs=num_envs, total_timesteps=240, learning_starts=60,
+                  log_every=1)
+    names = [name for name, _ in log]
+    assert names.count("sample") == names.count("step") == 240 // 4 - 60 // 4
+    sent = 0
+    for name, t in log:
+        sent += name == "send"
+        assert name != "sample" or t == sent, "slot 0 and the steps before the last one sent"
+    assert [name for name in names if name not in ("sample", "step")] == ["send", "recv"] * sent
+    assert all(names[i + 1] in ("sample", "recv") for i, x in enumerate(names) if x == "send")
+    for row in rows(run):
         assert int(row["updates"]) == max(0, int(row["step"]) // 4 - 15)
         assert (row["loss"] == "nan") == (int(row["step"]) < 64) or num_envs < 4
 
-
 def test_the_target_network_is_copied_on_schedule(tmp_path, monkeypatch):
-    equal_at, goes_on = [], soft_dqn.Run.goes_on
+    equal_at, log = [], soft_dqn.Run.log
 
-    def watched(self, *act):
-        net, target = (self.parts[name].state_dict() for name in ("net", "target"))
-        if equal(net, target):
+    def watched(self, *terms, **columns):
+        if equal(*(self.parts[name].state_dict() for name in ("net", "target"))):
             equal_at.append(self.step)
-        return goes_on(self, *act)
+        log(self, *terms, **columns)
 
-    monkeypatch.setattr(soft_dqn.Run, "goes_on", watched)
-    soft_dqn.train(tiny(soft_dqn, tmp_path, learning_starts=20, target_network_frequency=100,
-                        train_frequency=2))
-    assert equal_at[-4:] == [100, 200, 300, 400] and set(equal_at[:-4]) == set(range(0, 22, 2))
+    monkeypatch.setattr(soft_dqn.Run, "log", watched)
+    trained(soft_dqn, tmp_path, learning_starts=20, train_frequency=2)
+    assert equal_at[-4:] == [100, 200, 300, 400] and set(equal_at[:-4]) == set(range(2, 22, 2))
 
+def test_a_run_that_saves_its_memory_resumes_bit_equal(tmp_path):
+    """Also with a memory that is full; the rows, networks, optimizer and memory are one run's."""
+    flags = dict(save_every=80, save_replay=True, n_step=3, buffer_size=100, total_timesteps=240)
+    whole = trained(soft_dqn, tmp_path / "whole", **flags)
+    run = killed(soft_dqn, tmp_path / "broken", 200, **flags)
+    assert checkpoint(soft_dqn, run)["counts"]["step"] == 160
+    soft_dqn.train(resumed(soft_dqn, run))
+    assert rows(run) == rows(whole)
+    states = [checkpoint(soft_dqn, folder) for folder in (whole, run)]
+    for name in ("net", "target", "optimizer", "memory"):
+        assert equal(states[0][name], states[1][name]), name
+    assert states[0]["memory"]["t"] == 120 + 3 > states[0]["memory"]["C"] == 50
 
-def test_extending_a_run_keeps_the_horizon_of_epsilon(tmp_path):
-    folder = soft_dqn.train(tiny(soft_dqn, tmp_path, schedule_timesteps=1000))["folder"]
-    soft_dqn.train(resumed(soft_dqn, folder, total_timesteps=600))
-    assert rows(folder)[-1]["step"] == "600"
-    for row in rows(folder):
-        expected = np.interp(int(row["step"]), (0, 100, 1000), (1, 0.1, 0.01))
-        assert float(row["epsilon"]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_resume_refills_the_memory_without_counting_it(tmp_path, monkeypatch):
-    """learning_starts steps of the saved policy at the saved epsilon, then training's own games."""
-    args = tiny(soft_dqn, tmp_path, checkpoint_every=200, log_every=10)
-    folder = train_until(soft_dqn, monkeypatch, args, 310)
-    assert checkpoint(soft_dqn, folder)["step"] == 200
-    assert not list(Path(folder).glob("replay-*"))
-    calls, fills = [], []
-    epsilon_at, sample = soft_dqn.epsilon_at, soft_dqn.Replay.sample
-    reset = soft_dqn.Atari.reset
-
-    def watched_epsilon(step, args):
-        calls.append(step)
-        return epsilon_at(step, args)
-
-    def watched_sample(self, *rest):
-        fills.append(self.head.tolist())
-        return sample(self, *rest)
-
-    def watched_reset(self, seeds):
-        calls.append(seeds.tolist())
-        return reset(self, seeds)
-
-    monkeypatch.setattr(soft_dqn, "epsilon_at", watched_epsilon)
-    monkeypatch.setattr(soft_dqn.Replay, "sample", watched_sample)
-    monkeypatch.setattr(soft_dqn.Atari, "reset", watched_reset)
-    soft_dqn.train(resumed(soft_dqn, folder, total_timesteps=210))
-    refill, training = (soft_dqn.seeds(1, 200, purpose, 3 if purpose == "refill" else 2).tolist()
-                        for purpose in ("refill", "training"))
-    assert calls[0] == refill[:2] and calls[21] == training
-    assert calls[1:21] == [200] * 20  # learning_starts 40 over two environments
-    assert fills[0] == [22 + 1, 22 + 1]  # 20 steps, two first frames, one step of training at 202
-    assert [row["step"] for row in rows(folder)][-2:] == ["200", "210"]
-    assert rows(folder)[-1]["updates"] == str(210 // 4 - 40 // 4)
-
+def test_without_it_a_resumed_run_plays_first_what_learning_needs(tmp_path, monkeypatch, capsys):
+    """learning_starts steps with the saved policy and epsilon, counted nowhere; then new games."""
+    run = killed(soft_dqn, tmp_path, 310, save_every=200, log_every=10)
+    assert checkpoint(soft_dqn, run)["counts"]["step"] == 200
+    calls, sampled = [], []
+    epsilon_at, reset, sample = soft_dqn.epsilon_at, Atari.reset, Replay.sample
+    monkeypatch.setattr(soft_dqn, "epsilon_at", lambda step, args: (
+        calls.append(step), epsilon_at(step, args))[1])
+    monkeypatch.setattr(Atari, "reset", lambda self, seeds: (
+        calls.append(seeds.tolist()), reset(self, seeds))[1])
+    monkeypatch.setattr(Replay, "sample", lambda self, *rest: (
+        sampled.append((self.t, self.cut.any(1).nonzero().flatten().tolist())),
+        sample(self, *rest))[1])
+    capsys.readouterr()
+    soft_dqn.train(resumed(soft_dqn, run, total_timesteps=410))
+    assert "replay memory 0.0 GB, refilled with 40 steps, which do not count" in (
+        capsys.readouterr().out)
+    seeds = [np.random.SeedSequence([1, 200, *purpose]).generate_state(2) >> 1
+             for purpose in (b"refill", b"games")]
+    assert calls[0] == seeds[0].tolist() and calls[21] == seeds[1].tolist()
+    assert calls[1:21] == [200] * 20, "40 steps of two environments"
+    assert sampled[0] == (1 + 20 + 1 + 1, [0, 21]), "a step of training, two starts of games"
+    after = [row for row in rows(run) if int(row["step"]) > 200]
+    assert [row["step"] for row in after] == [str(step) for step in range(210, 411, 10)]
+    assert after[0]["updates"] == str(210 // 4 - 40 // 4) and after[0]["score"] != "nan"
 
 def test_a_signal_while_the_memory_is_refilled_ends_the_run(tmp_path, monkeypatch):
-    folder = soft_dqn.train(tiny(soft_dqn, tmp_path, total_timesteps=200))["folder"]
-    before, reset = checkpoint(soft_dqn, folder), soft_dqn.Atari.reset
+    run = trained(soft_dqn, tmp_path, total_timesteps=200)
+    before, recv, steps = checkpoint(soft_dqn, run), Atari.recv, []
 
-    def interrupted(self, seeds):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return reset(self, seeds)
+    def signaled(self):
+        steps.append(1)
+        soft_dqn.STOP.extend([15] * (len(steps) == 3))
+        return recv(self)
 
-    monkeypatch.setattr(soft_dqn.Atari, "reset", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        soft_dqn.train(resumed(soft_dqn, folder, total_timesteps=300))
-    assert stop.value.code == 143
-    after = checkpoint(soft_dqn, folder)
-    assert after["step"] == 200 and equal(before["net"], after["net"])
+    monkeypatch.setattr(Atari, "recv", signaled)
+    try:
+        soft_dqn.train(resumed(soft_dqn, run, total_timesteps=300))
+    finally:
+        soft_dqn.STOP.clear()
+    assert len(steps) == 3 and equal(checkpoint(soft_dqn, run), before)
 
+def test_evaluation_needs_no_memory(tmp_path, monkeypatch, capsys):
+    run = trained(soft_dqn, tmp_path, total_timesteps=60, save_replay=True)
+    monkeypatch.setattr(soft_dqn, "Replay", None)
+    args = checkpoint(soft_dqn, run)["args"] | dict(evaluate=str(run), eval_games=2)
+    soft_dqn.train(soft_dqn.Args(**args))
+    assert "step 60: score" in capsys.readouterr().out
 
-def test_a_saved_memory_is_restored_slot_by_slot(tmp_path):
-    """Through saves of every size, around the ring, with a crash between a segment and its
-    checkpoint; old segments go once nothing in the memory is theirs."""
-    memory, rng = filled(2, 37, 3, folder=tmp_path)
-    for steps in (1, 5, 0, 30, 2, 60, 1, 18, 18, 18):
-        state = memory.state_dict()
-        memory.settle(saved=True)
-        files = {p.name for p in tmp_path.glob("replay-*")}
-        listed = {memory.path(segment).name for segment in state["segments"]}
-        assert listed <= files and len(listed) <= 2 + 37 // 3
-        saved = {name: getattr(memory, name).clone()
-                 for name in ("frame", "a", "r", "terminated", "last", "age", "head")}
-        for _ in range(steps):
-            memory.add(*random_step(rng, 2))
-        (tmp_path / "replay-999999.bin").write_bytes(b"from a run that was killed in a save")
-        other = soft_dqn.Replay(2, 37, torch.device("cpu"), tmp_path)
-        other.load_state_dict(state)
-        assert torch.equal(other.head, saved["head"])
-        for i in range(2):
-            used = min(37, int(saved["head"][i]))
-            at = (saved["head"][i] - 1 - torch.arange(used)) % 37
-            for name in ("frame", "last", "age"):
-                assert torch.equal(getattr(other, name)[i, at], saved[name][i, at]), name
-            for name in ("a", "r", "terminated"):  # the open slot has none of these yet
-                assert torch.equal(getattr(other, name)[i, at[1:]], saved[name][i, at[1:]]), name
-    assert memory.head.min() > 3 * 37 and not (tmp_path / "replay-000000.bin").exists()
+@pytest.mark.parametrize("flags, message", [
+    (dict(tau=0.0), "--tau 0: "),
+    (dict(tau=1e-7, backup="hard", exploration="boltzmann"), "--tau 1e-07: "),
+    (dict(buffer_size=27, n_step=5, learning_starts=40), "--buffer-size 27, .* 28 "),
+    (dict(learning_starts=11), "--learning-starts 11: .* 12 "),
+    (dict(eval_epsilon=1.1), "--eval-epsilon 1.1: "),
+    (dict(n_step=0), "--n-step 0: "),
+    (dict(train_frequency=0), "--train-frequency 0: ")])
+def test_flags_that_do_not_fit_are_refused(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as e:
+        soft_dqn.train(tiny(soft_dqn, tmp_path, **flags))
+    assert str(e.value).startswith("--") and not list(tmp_path.iterdir())
 
-
-def test_a_run_that_saves_its_memory_resumes_bit_equal_after_any_save(tmp_path, monkeypatch):
-    """Twice killed; the memory, the networks, the optimizer and the rows are those of one run."""
-    flags = dict(checkpoint_every=120, save_replay=True, n_step=3, buffer_size=150)
-    whole = soft_dqn.train(tiny(soft_dqn, tmp_path / "whole", **flags))["folder"]
-    args = tiny(soft_dqn, tmp_path / "broken", **flags)
-    broken = train_until(soft_dqn, monkeypatch, args, 210)
-    assert train_until(soft_dqn, monkeypatch, resumed(soft_dqn, broken), 390) == broken
-    soft_dqn.train(resumed(soft_dqn, broken))
-    assert rows(broken) == rows(whole)
-    states = [checkpoint(soft_dqn, folder) for folder in (whole, broken)]
-    for name in ("net", "target", "optimizer", "step", "last100", "games", "sums"):
-        assert equal(states[0][name], states[1][name]), name
-    memories = [soft_dqn.Replay(2, 75, torch.device("cpu"), Path(f)) for f in (whole, broken)]
-    for memory, state in zip(memories, states):
-        memory.load_state_dict(state["memory"])
-    assert torch.equal(memories[0].head, memories[1].head) and memories[0].head.min() > 75
-    assert torch.equal(memories[0].frame, memories[1].frame)
-
-
-def test_segments_that_are_lost_or_damaged_are_refused(tmp_path, capsys):
-    folder = Path(soft_dqn.train(tiny(soft_dqn, tmp_path, save_replay=True))["folder"])
+def test_a_run_says_what_it_takes(tmp_path, capsys):
+    """Before it takes it: no page of the memory is touched until a frame is written."""
+    trained(soft_dqn, tmp_path / "1", total_timesteps=40)
+    assert "warning: nothing is learned in 40 steps" in capsys.readouterr().out
+    flags = dict(num_envs=8, buffer_size=10**6, learning_starts=50_000, total_timesteps=60_000)
+    killed(soft_dqn, tmp_path / "2", 8, **flags)
     out = capsys.readouterr().out
-    assert "--save-replay needs up to 0.01 GiB in" in out and "GiB are free" in out
-    path = sorted(folder.glob("replay-*"))[-1]
-    good = path.read_bytes()
-    for content, text in ((good[:-1], "not as long"), (good[:-1] + b"\xff", "damaged"),
-                          (None, "missing")):
-        path.unlink() if content is None else path.write_bytes(content)
-        with pytest.raises(soft_dqn.Refused, match=text):
-            soft_dqn.train(resumed(soft_dqn, folder, total_timesteps=500))
-    path.write_bytes(good)
-    assert soft_dqn.train(resumed(soft_dqn, folder, total_timesteps=420))["step"] == 420
-
-
-def test_an_update_that_is_not_finite_changes_nothing_and_ends_the_run(tmp_path, monkeypatch):
-    loss, calls, nets, count = soft_dqn.loss, [], [], soft_dqn.Run.count
-
-    def spoilt(*rest):
-        calls.append(1)
-        return loss(*rest) * (math.nan if len(calls) > 12 else 1.0)
-
-    def watched(self, *rest):
-        nets.append({k: v.clone() for k, v in self.parts["net"].state_dict().items()})
-        count(self, *rest)
-
-    monkeypatch.setattr(soft_dqn, "loss", spoilt)
-    monkeypatch.setattr(soft_dqn.Run, "count", watched)
-    with pytest.raises(FloatingPointError, match="not finite.*loss nan.*last good"):
-        soft_dqn.train(tiny(soft_dqn, tmp_path, checkpoint_every=80))
-    assert equal(nets[11], nets[12]) and equal(nets[11], nets[-1])
-    assert not equal(nets[10], nets[11])
-    folder, = tmp_path.iterdir()
-    assert checkpoint(soft_dqn, folder)["step"] == 80
-
-
-def test_evaluation_needs_no_memory_for_replay(tmp_path, monkeypatch):
-    folder = soft_dqn.train(tiny(soft_dqn, tmp_path, total_timesteps=60))["folder"]
-    monkeypatch.setattr(soft_dqn, "free_bytes", lambda cuda: 0)
-    saved = checkpoint(soft_dqn, folder)["args"]
-    result = soft_dqn.train(soft_dqn.Args(**(saved | dict(evaluate=folder, eval_episodes=2))))
-    assert result["episodes"] == 2 and result["policy"] == "epsilon-greedy 0.01"
+    assert "learning starts at 50,000; replay memory 7.1 GB\n" in out and "nothing" not in out

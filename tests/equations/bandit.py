@@ -8,10 +8,8 @@ from equations.base import equation, generator, size
 
 TAU = 0.6
 
-
 class Bandit:
     """A actions with K rewards each, P parameters. pi and pi_bar are arbitrary."""
-
     def __init__(self, seed, A=5, K=3, P=4):
         g = generator(seed)
         self.p = torch.randn(A, K, generator=g).softmax(-1)
@@ -46,7 +44,7 @@ class Bandit:
     def eta(self, pi, q):
         return (pi * (q - TAU * (pi.log() - self.log_pi_bar))).sum(-1)
 
-    def maximiser(self, q, steps=60):
+    def maximizer(self, q, steps=60):
         """log pi of greatest eta, by mirror ascent: eta and its gradient are all it knows."""
         log_pi = torch.zeros_like(q).log_softmax(-1)
         for _ in range(steps):
@@ -57,49 +55,42 @@ class Bandit:
     def loss(self, theta, pi):
         return self.E(pi, 0.5 * (self.q(theta)[:, None] - self.r) ** 2)
 
-
 def KL(log_pi, log_other):
     """As PyTorch has it."""
     return distributions.kl_divergence(*(distributions.Categorical(logits=x)
                                          for x in (log_pi, log_other)))
-
 
 def complex_step(f, theta):
     """The gradient of f without autograd, exact to rounding."""
     h = 1e-30
     return torch.stack([f(theta + 1j * h * e).imag / h for e in torch.eye(len(theta))])
 
-
 def per_draw(x):
     """(A, ...) -> (A, 1, ...), to meet rewards (A, K)."""
     return x.unsqueeze(1)
-
 
 @equation(1)
 def objective(seed):
     """Mean reward less tau KL, against the mean over draws of r - tau log(pi / pi_bar)."""
     b = Bandit(seed)
-    regularised = b.r - TAU * per_draw(b.log_pi - b.log_pi_bar)
-    return b.E(b.pi, b.r) - TAU * KL(b.log_pi, b.log_pi_bar) - b.E(b.pi, regularised)
-
+    regularized = b.r - TAU * per_draw(b.log_pi - b.log_pi_bar)
+    return b.E(b.pi, b.r) - TAU * KL(b.log_pi, b.log_pi_bar) - b.E(b.pi, regularized)
 
 @equation(2)
 def best_policy(seed):
-    """The formula against the maximiser that mirror ascent finds; no random policy is better."""
+    """The formula against the maximizer that mirror ascent finds; no random policy is better."""
     b = Bandit(seed)
     pi_B = b.pi_bar * (b.r_bar / TAU).exp() / (b.pi_bar * (b.r_bar / TAU).exp()).sum()
     others = torch.randn(1000, 5, generator=generator(seed)).softmax(-1)
     assert b.eta(others, b.r_bar).max() < b.eta(pi_B, b.r_bar)
-    return pi_B - b.maximiser(b.r_bar).exp()
-
+    return pi_B - b.maximizer(b.r_bar).exp()
 
 @equation(3)
 def kl_to_the_best_policy(seed):
     """PyTorch's KL against the mean of the log ratio."""
     b = Bandit(seed)
-    log_B = b.maximiser(b.r_bar)
+    log_B = b.maximizer(b.r_bar)
     return KL(b.log_pi, log_B) - (b.pi * (b.log_pi - log_B)).sum()
-
 
 @equation(4)
 def kl_with_the_best_policy_inserted(seed):
@@ -107,8 +98,7 @@ def kl_with_the_best_policy_inserted(seed):
     b = Bandit(seed)
     log_E = (b.pi_bar * (b.r_bar / TAU).exp()).sum().log()
     right = (b.pi * (b.log_pi - b.log_pi_bar - b.r_bar / TAU + log_E)).sum()
-    return KL(b.log_pi, b.maximiser(b.r_bar)) - right
-
+    return KL(b.log_pi, b.maximizer(b.r_bar)) - right
 
 @equation(5)
 def kl_in_three_terms(seed):
@@ -116,8 +106,7 @@ def kl_in_three_terms(seed):
     b = Bandit(seed)
     log_E = (b.pi_bar * (b.r_bar / TAU).exp()).sum().log()
     right = KL(b.log_pi, b.log_pi_bar) - b.E(b.pi, b.r / TAU) + log_E
-    return KL(b.log_pi, b.maximiser(b.r_bar)) - right
-
+    return KL(b.log_pi, b.maximizer(b.r_bar)) - right
 
 @equation(6)
 def objective_is_a_constant_less_a_kl(seed):
@@ -125,8 +114,7 @@ def objective_is_a_constant_less_a_kl(seed):
     b = Bandit(seed)
     left = b.E(b.pi, b.r - TAU * per_draw(b.log_pi - b.log_pi_bar))
     maximum = TAU * (b.pi_bar * (b.r_bar / TAU).exp()).sum().log()
-    return left - (maximum - TAU * KL(b.log_pi, b.maximiser(b.r_bar)))
-
+    return left - (maximum - TAU * KL(b.log_pi, b.maximizer(b.r_bar)))
 
 @equation(7)
 def policy_gradient(seed):
@@ -138,14 +126,12 @@ def policy_gradient(seed):
     right = b.E(log_pi.exp(), score * b.r[..., None] - TAU * grad_KL)
     return b.grad(lambda theta: b.eta(b.q(theta).softmax(-1), b.r_bar)) - right
 
-
 @equation(8)
 def squared_error(seed):
     """The mean over draws against squared bias plus variance, for any sampling pi."""
     b = Bandit(seed)
     variance = (b.p * b.r**2).sum(-1) - b.r_bar**2
     return b.loss(b.theta, b.pi) - (b.pi * ((b.q(b.theta) - b.r_bar) ** 2 + variance)).sum() / 2
-
 
 @equation(9)
 def squared_error_gradient(seed):
@@ -159,7 +145,6 @@ def squared_error_gradient(seed):
     assert size(b.grad(lambda theta: b.loss(theta, b.log_B(theta).exp())) - right) > 0.01
     return residual
 
-
 @equation(10)
 def boltzmann_policy(seed):
     """It sums to one, and there the gradient of eta with q for r_bar, by the logits, is zero."""
@@ -167,7 +152,6 @@ def boltzmann_policy(seed):
     q = b.q(b.theta)
     pi_B = b.pi_bar * (q / TAU).exp() / (b.pi_bar * (q / TAU).exp()).sum()
     return pi_B.sum() - 1, jacobian(lambda x: b.eta(x.softmax(-1), q), pi_B.log())
-
 
 @equation(11, margin=0.04)
 def v(seed):
@@ -177,19 +161,17 @@ def v(seed):
     """
     b = Bandit(seed)
     q = b.q(b.theta)
-    maximum = b.eta(b.maximiser(q).exp(), q)
+    maximum = b.eta(b.maximizer(q).exp(), q)
     corrected = TAU * (b.pi_bar * (q / TAU).exp()).sum().log()
     printed = TAU * (b.pi_bar * q.exp() / TAU).sum().log()
     return corrected - maximum, printed - maximum
 
-
 @equation(12)
 def boltzmann_policy_by_v(seed):
-    """Against the maximiser that mirror ascent finds, with v of Eq. 11."""
+    """Against the maximizer that mirror ascent finds, with v of Eq. 11."""
     b = Bandit(seed)
     q = b.q(b.theta)
-    return b.pi_bar * ((q - b.v(b.theta)) / TAU).exp() - b.maximiser(q).exp()
-
+    return b.pi_bar * ((q - b.v(b.theta)) / TAU).exp() - b.maximizer(q).exp()
 
 @equation(13)
 def v_is_the_objective(seed):
@@ -197,14 +179,12 @@ def v_is_the_objective(seed):
     b = Bandit(seed)
     return b.v(b.theta) - (b.log_B(b.theta).exp() @ b.q(b.theta) - TAU * b.KL(b.theta))
 
-
 @equation(14)
 def q_by_v_and_policy(seed):
     """With the policy that mirror ascent finds."""
     b = Bandit(seed)
     q = b.q(b.theta)
-    return q - (b.v(b.theta) + TAU * (b.maximiser(q) - b.log_pi_bar))
-
+    return q - (b.v(b.theta) + TAU * (b.maximizer(q) - b.log_pi_bar))
 
 @equation(15)
 def squared_error_gradient_by_complex_steps(seed):
@@ -214,12 +194,10 @@ def squared_error_gradient_by_complex_steps(seed):
     right = b.E(b.pi, per_draw(b.grad(b.q)) * error[..., None])
     return complex_step(lambda theta: b.loss(theta, b.pi), b.theta) - right
 
-
 def error_by_v_and_policy(b):
     """q - r with Eq. 14 for q, (A, K, 1)."""
     q = b.v(b.theta) + TAU * (b.log_B(b.theta) - b.log_pi_bar)
     return (per_draw(q) - b.r)[..., None]
-
 
 @equation(16)
 def squared_error_gradient_with_q_replaced(seed):
@@ -229,7 +207,6 @@ def squared_error_gradient_with_q_replaced(seed):
     right = b.E(b.pi, per_draw(grad_q) * error_by_v_and_policy(b))
     return b.grad(lambda theta: b.loss(theta, b.pi)) - right
 
-
 @equation(17)
 def squared_error_gradient_in_two_parts(seed):
     """As Eq. 16, with the gradients of log pi_B and of v apart."""
@@ -238,7 +215,6 @@ def squared_error_gradient_in_two_parts(seed):
     policy_part = TAU * per_draw(b.grad(b.log_B)) * error
     right = b.E(b.pi, policy_part + b.grad(b.v) * error)
     return b.grad(lambda theta: b.loss(theta, b.pi)) - right
-
 
 @equation(18)
 def kl_gradient_of_the_sum(seed):
@@ -252,7 +228,6 @@ def kl_gradient_of_the_sum(seed):
 
     return b.grad(b.KL) - complex_step(total, b.theta)
 
-
 @equation(19)
 def kl_gradient_by_the_product_rule(seed):
     """Each action's term against autograd of it, as the second part of the bracket sums to zero."""
@@ -261,7 +236,6 @@ def kl_gradient_by_the_product_rule(seed):
     terms = grad_pi * ((pi_B / b.pi_bar).log() + pi_B * (1 / pi_B))[:, None]
     each = b.grad(lambda theta: b.log_B(theta).exp() * (b.log_B(theta) - b.log_pi_bar))
     return terms - each, terms.sum(0) - b.grad(b.KL)
-
 
 @equation(20)
 def kl_gradient_with_the_score(seed):
@@ -273,7 +247,6 @@ def kl_gradient_with_the_score(seed):
     assert size(terms - each) > 0.01
     return b.grad(b.KL) - terms.sum(0)
 
-
 @equation(21, "pgql_equiv.kl_divergence")
 def kl_gradient_as_a_mean(seed):
     """Autograd of the script's KL against the mean over draws of the score times the log ratio."""
@@ -283,11 +256,9 @@ def kl_gradient_as_a_mean(seed):
     score_times_ratio = b.grad(b.log_B) * (log_B - b.log_pi_bar)[:, None]
     return left - b.E(log_B.exp(), per_draw(score_times_ratio).expand(-1, b.r.shape[1], -1))
 
-
 def least(*readings):
     """The reading of a printed formula that is nearest to right."""
     return min(map(size, readings))
-
 
 @equation(22, margin=0.05)
 def squared_error_gradient_on_policy(seed):
@@ -309,7 +280,6 @@ def squared_error_gradient_on_policy(seed):
     fixed, moving = (b.grad(lambda theta: printed(theta, pi_B)),
                      b.grad(lambda theta: printed(theta, b.log_B(theta).exp())))
     return left - first - second, least(left - first - fixed, left - first - moving)
-
 
 @equation(23, margin=0.01)
 def policy_gradient_and_value_error(seed):

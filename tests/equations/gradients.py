@@ -1,4 +1,4 @@
-"""Sections 3.6, 4 and 6: what the scripts minimise and regress to, against exact sums."""
+"""Sections 3.6, 4 and 6: what the scripts minimize and regress to, against exact sums."""
 import itertools
 
 import torch
@@ -12,10 +12,8 @@ from exact import MDP, Model
 
 TAU, GAMMA, C = 0.3, 0.9, 0.5
 
-
 class OneQ(Model):
     """Section 4: the network is Q (S, A); log pi and V are what Eq. 55 and 56 make of it."""
-
     def __init__(self, mdp, seed):
         super().__init__(mdp, seed)
         self.log_pi_bar = mdp.log_pi_bar
@@ -28,7 +26,6 @@ class OneQ(Model):
         V = TAU * (self.log_pi_bar.exp() * (Q / TAU).exp()).sum(-1).log()
         return self.log_pi_bar + (Q - V[:, None]) / TAU, V
 
-
 class Paths:
     """Every path of n steps through a random MDP with endings, under the policy of a network.
 
@@ -38,7 +35,6 @@ class Paths:
     follows; at step t, n - t steps are to go. live is 1 until the first game ends, which with
     over=True is at the last step.
     """
-
     def __init__(self, seed, model=Model, n=3, over=False):
         self.mdp, self.n = MDP(seed), n
         self.model = model(self.mdp, seed + 50)
@@ -117,11 +113,8 @@ class Paths:
         return ascent - TAU * self.J_KL
 
     def leaves(self, V):
-        """log pi (n, P, A) and V (n, P) as a network returns them, and what a Rollout takes."""
-        zeros = torch.zeros_like(self.r)
-        leaves = self.log_pi.detach()[self.s], V.detach().clone()
-        rest = None, self.a, self.r, self.ends, zeros, zeros
-        return [x.requires_grad_() for x in leaves], rest
+        """log pi (n, P, A) and V (n, P) as a network returns them."""
+        return [x.requires_grad_() for x in (self.log_pi.detach()[self.s], V.detach().clone())]
 
     def each(self, loss, leaves):
         """The gradient in the weights of every sample's part of a sum, (n, P, D)."""
@@ -132,18 +125,17 @@ class Paths:
     def losses(self, script, V, V_n, gamma=GAMMA, c=0.0):
         """An A2C script's terms, as numbers, and the gradient of each sample's part of its loss,
         (n, P, D); with c = 0 that is the policy's."""
-        leaves, rollout = self.leaves(V)
-        L, terms = script.losses(*leaves, script.Rollout(*rollout), V_n, self.log_pi_bar, TAU,
+        leaves = self.leaves(V)
+        L, terms = script.losses(*leaves, self.a, self.r, self.ends, V_n, self.log_pi_bar, TAU,
                                  gamma, c)
         gradient = self.each(L * self.r.numel(), leaves)
         return {name: term.detach() for name, term in terms.items()}, gradient
 
     def samples(self):
         """What pgql_equiv.py makes of the paths, and the leaves in it; V is the network's."""
-        leaves, rollout = self.leaves(self.V[self.s])
-        return pgql_equiv.samples(*leaves, pgql_equiv.Rollout(*rollout), self.V.detach()[self.s_n],
+        leaves = self.leaves(self.V[self.s])
+        return pgql_equiv.samples(*leaves, self.a, self.r, self.ends, self.V.detach()[self.s_n],
                                   self.log_pi_bar, TAU, GAMMA), leaves
-
 
 # --- section 3.6: policy gradients ---
 @equation(48, "a2c_naive.losses")
@@ -157,9 +149,8 @@ def naive_gradient(seed):
     reward, visits = (x.p * x.live * x.r).sum(), x.p.detach() * x.live
     exact = x.model.gradient(reward - TAU * (visits * x.KL[x.s]).sum())
     proper = x.model.gradient((x.p * x.live * (x.r - TAU * x.KL[x.s])).sum())
-    assert size(exact - proper) > 1e-3, "the regularised return has another gradient"
+    assert size(exact - proper) > 1e-3, "the regularized return has another gradient"
     return [script - formula, x.total(script) - exact]
-
 
 @equation(49, "a2c_proper.losses")
 def discounted_gradient(seed):
@@ -178,7 +169,6 @@ def discounted_gradient(seed):
     formula = x.score * multiplier[..., None] - TAU * x.grad_kl
     return [script - formula, x.total(script) - exact]
 
-
 @equation(50, "a2c_proper.losses")
 def gradient_by_value_functions(seed):
     """The script's returns of Eq. 49, averaged for each s_t, against Q_pi and V_pi by dynamic
@@ -189,16 +179,14 @@ def gradient_by_value_functions(seed):
     multiplier = Q - TAU * x.KL.detach()[:, None] - V[..., None]
     return [x.given(script) - x.exact_gradient(multiplier), (x.pi * multiplier).sum(-1)]
 
-
 @equation(51, "a2c_proper.losses")
 def gradient_of_the_return(seed):
     """At gamma = 1 the script's sum over a game of up to T = 3 steps is the gradient of the
-    expected regularised return, by autograd through the probability of every path."""
+    expected regularized return, by autograd through the probability of every path."""
     x = Paths(seed, over=True)
     script = -x.losses(a2c_proper, x.V[x.s], torch.zeros_like(x.p), gamma=1.0)[1]
     objective = (x.p * x.live * (x.r - TAU * x.KL[x.s])).sum()
     return x.total(script) - x.model.gradient(objective)
-
 
 @equation(52, "a2c_proper.losses", margin=0.025)
 def n_step_gradient(seed):
@@ -211,7 +199,6 @@ def n_step_gradient(seed):
     corrected = printed - TAU * x.grad_kl
     script = -x.losses(a2c_proper, V[x.s], V[x.s_n])[1]
     return [script - corrected, x.given(corrected) - exact], x.given(printed) - exact
-
 
 @equation(53, "a2c_proper.losses")
 def value_regression(seed):
@@ -226,13 +213,11 @@ def value_regression(seed):
         return torch.autograd.grad((x.p.detach() * 0.5 * (V[x.s] - y) ** 2).sum(), V)[0]
 
     assert size(in_table(literal) - in_table(literal.detach())) > 0.1
-    leaves, rollout = x.leaves(V[x.s])
-    _, terms = a2c_proper.losses(*leaves, a2c_proper.Rollout(*rollout), old[x.s_n], x.log_pi_bar,
-                                 TAU, GAMMA, C)
+    leaves = x.leaves(V[x.s])
+    _, terms = a2c_proper.losses(*leaves, x.a, x.r, x.ends, old[x.s_n], x.log_pi_bar, TAU, GAMMA, C)
     gradient, = torch.autograd.grad(terms["value_loss"] * y.numel(), leaves[1])
     return [terms["value_loss"].detach() - 0.5 * (V.detach()[x.s] - y).square().mean(),
             x.given(gradient) - (V - backup).detach()]
-
 
 @equation(54, "a2c_proper.n_step_returns", "pgql_equiv.samples", margin=0.07)
 def value_target(seed):
@@ -242,8 +227,7 @@ def value_target(seed):
     V = x.V.detach()
     last = V[x.s_n]
     _, backup = x.backups(V, TAU)
-    zeros = torch.zeros_like(x.r)  # no time limits
-    y = a2c_proper.n_step_returns(x.r - TAU * x.kl, x.ends, zeros, zeros, last, GAMMA)
+    y = a2c_proper.n_step_returns(x.r - TAU * x.kl, x.ends, last, GAMMA)
     second = V[x.s] + x.deltas(V)
     at_last = torch.cat([x.r[:-1], x.r[-1:] + V[x.s[-1:]]])
     readings = (x.forward(at_last, GAMMA, 0 * last), x.forward(x.r + V[x.s], GAMMA, 0 * last),
@@ -251,13 +235,11 @@ def value_target(seed):
     printed = min(size(x.given(reading)[0] - backup[0]) for reading in readings)
     return [y - second, x.samples()[0].V_hat - second, x.given(second) - backup], printed
 
-
 # --- section 4: the gradient of soft Q-learning ---
 def outputs(seed, B=6, A=4):
     """Random Q (B, A) and log pi_bar (B, A), which is not uniform."""
     Q, log_pi_bar = torch.randn(2, B, A, generator=generator(seed))
     return Q, log_pi_bar.log_softmax(-1)
-
 
 @equation(55, "pgql_equiv.policy_and_value")
 def value_of_q(seed):
@@ -269,7 +251,6 @@ def value_of_q(seed):
     assert size(V - TAU * over_pi.log()) > 0.1
     return V - TAU * mean.log()
 
-
 @equation(56, "pgql_equiv.policy_and_value")
 def policy_of_q(seed):
     """The script's policy, a softmax, against the exponential with V summed by hand."""
@@ -278,7 +259,6 @@ def policy_of_q(seed):
     V = TAU * (log_pi_bar.exp() * (Q / TAU).exp()).sum(-1, keepdim=True).log()
     return log_pi.exp() - log_pi_bar.exp() * ((Q - V) / TAU).exp()
 
-
 @equation(57, "pgql_equiv.policy_and_value")
 def q_of_policy_and_value(seed):
     """Q from the script's policy and value, which were made of it."""
@@ -286,10 +266,8 @@ def q_of_policy_and_value(seed):
     log_pi, V = pgql_equiv.policy_and_value(Q, log_pi_bar, TAU)
     return V[:, None] + TAU * (log_pi.exp() / log_pi_bar.exp()).log() - Q
 
-
 class Regression(Paths):
     """The same for a Q network: y (n, P) is Eq. 46 with the current Q, left (n, P, D) Eq. 59."""
-
     def __init__(self, seed):
         super().__init__(seed, OneQ)
         V, Q = self.V.detach(), self.model.Q()
@@ -309,7 +287,6 @@ class Regression(Paths):
         """Eq. 58, summed over the steps."""
         return (p * 0.5 * (self.Q_t - y) ** 2).sum()
 
-
 @equation(58, "pgql_equiv.samples", "pgql_equiv.ql_loss")
 def q_regression(seed):
     """Autograd of the squared error of the Q network, y_t and the laws of s_t and a_t held fixed,
@@ -322,7 +299,6 @@ def q_regression(seed):
         assert size(x.model.gradient(other) - exact) > 1e-2
     return torch.einsum("p,tpd->d", p, x.script(pgql_equiv.ql_loss)) - exact
 
-
 @equation(59, "pgql_equiv.samples", "pgql_equiv.q_error")
 def gradient_within_the_mean(seed):
     """The Jacobian of the Q network times the script's error, averaged, against autograd of Eq. 58;
@@ -331,7 +307,6 @@ def gradient_within_the_mean(seed):
     error = pgql_equiv.q_error(x.batch, TAU).detach()
     mean = torch.einsum("p,tpd->d", x.p.detach(), x.grad_Q * error[..., None])
     return [mean - x.model.gradient(x.objective(x.p.detach(), x.y)), error - x.error]
-
 
 @equation(60, "pgql_equiv.samples", "pgql_equiv.q_error", margin=0.1)
 def error_with_q_replaced(seed):
@@ -345,7 +320,6 @@ def error_with_q_replaced(seed):
     return ([x.grad_Q * corrected[..., None] - x.left, error - corrected],
             x.given(printed) - x.given(x.left))
 
-
 @equation(61, "pgql_equiv.samples", "pgql_equiv.q_error")
 def error_without_v(seed):
     """Sample by sample: from the script's terms, and against the error of the Q network."""
@@ -354,7 +328,6 @@ def error_without_v(seed):
     error = (TAU * script.log_ratio - TAU * script.KL - Delta).detach()
     whole = pgql_equiv.q_error(script, TAU).detach()
     return [x.grad_Q * error[..., None] - x.left, whole - error]
-
 
 @equation(62, "pgql_equiv.samples", "pgql_equiv.ql_loss")
 def gradient_with_q_replaced(seed):
@@ -365,13 +338,11 @@ def gradient_with_q_replaced(seed):
     product = (TAU * x.score + x.grad_V) * error[..., None]
     return [x.script(pgql_equiv.ql_loss) - x.left, product - x.left]
 
-
 def expanded(x, star, two_stars):
     """The terms of Eq. 63 (n, P, D) with the signs of KL at (*) and (**)."""
     ratio, kl, Delta = (y[..., None] for y in (x.log_ratio, x.kl, x.Delta))
     return (TAU**2 * x.score * ratio + star * TAU**2 * x.score * kl - TAU * x.score * Delta
             + TAU * x.grad_V * ratio + two_stars * TAU * x.grad_V * kl - x.grad_V * Delta)
-
 
 @equation(63, "pgql_equiv.samples", "pgql_equiv.ql_loss", margin=0.1)
 def gradient_expanded(seed):
@@ -385,7 +356,6 @@ def gradient_expanded(seed):
     return ([corrected - script, corrected - x.left, x.given(at_star) - exact, x.given(excess)],
             x.given(expanded(x, 1, 1)) - exact)
 
-
 @equation(64, "pgql_equiv.samples", "pgql_equiv.ql_loss", margin=0.06)
 def gradient_averaged(seed):
     """Averaged over a_t for each s_t by itself. Printed with -tau^2 grad KL, while by Eq. 21
@@ -395,7 +365,6 @@ def gradient_averaged(seed):
     corrected, printed = (sign * TAU**2 * x.grad_kl + rest for sign in (1, -1))
     script, exact = x.given(x.script(pgql_equiv.ql_loss)), x.given(x.left)
     return [x.given(corrected) - exact, script - exact], x.given(printed) - exact
-
 
 @equation(65, "pgql_equiv.samples", "pgql_equiv.pg_loss")
 def gradients_are_equal(seed):
@@ -407,7 +376,6 @@ def gradients_are_equal(seed):
     assert size(x.given(x.script(pgql_equiv.pg_loss, C) - x.left)) > 0.1
     return x.given(script) - x.given(x.left)
 
-
 # --- section 6: what the scripts run ---
 @equation(79, "a2c_naive.losses", margin=0.1)
 def naive_estimator(seed):
@@ -415,13 +383,11 @@ def naive_estimator(seed):
     the corrected estimator has the mean of Eq. 48, discounted, in each state, by a linear solve."""
     return estimator(seed, a2c_naive, tau=0.0)
 
-
 @equation(80, "a2c_proper.losses", margin=0.1)
 def proper_estimator(seed):
     """Printed with +tau grad KL and without the bootstrap. With V = V_pi the corrected estimator
     has the mean of Eq. 50 in each state, by a linear solve."""
     return estimator(seed, a2c_proper, TAU)
-
 
 def estimator(seed, script, tau):
     """Eq. 79 with tau = 0 in the returns, Eq. 80 with TAU; either correction alone fails too."""
@@ -442,7 +408,6 @@ def estimator(seed, script, tau):
     return ([sampled - corrected, x.given(corrected) - exact, x.given(bracket(1))],
             x.given(formula(0, 1)) - exact)
 
-
 def transitions(seed, B=6, A=4):
     """Random Q (B, A) of the next states, rewards, and endings, of which there are both kinds."""
     g = generator(seed)
@@ -451,18 +416,14 @@ def transitions(seed, B=6, A=4):
     done[:2] = torch.tensor([0.0, 1.0])
     return Q, r, done
 
-
 def backup(Q, r, done, log_pi_bar, tau):
     """The script's one-step target."""
-    zero = torch.zeros(1, len(r))
-    return soft_dqn.targets(r[None], done[None], zero, Q[None], log_pi_bar, tau, GAMMA)
-
+    return soft_dqn.targets(r[None], done[None], Q[None], log_pi_bar, tau, GAMMA)
 
 def optimum(Q, log_pi_bar):
     """max over pi of E[Q] - TAU KL[pi || pi_bar], at the Boltzmann policy: Eq. 27."""
     pi = (Q / TAU).softmax(-1)  # pi_bar is constant
     return (pi * (Q - TAU * (pi.log() - log_pi_bar))).sum(-1)
-
 
 @equation(81, "soft_dqn.targets", "soft_dqn.soft_value")
 def hard_backup(seed):
@@ -470,7 +431,6 @@ def hard_backup(seed):
     Q, r, done = transitions(seed)
     best = torch.tensor([max(row) for row in Q.tolist()])
     return backup(Q, r, done, torch.tensor(0.0), 0.0) - (r + GAMMA * (1 - done) * best)
-
 
 @equation(82, "soft_dqn.targets", "soft_dqn.soft_value", margin=0.6)
 def soft_backup_with_kl(seed):
@@ -486,7 +446,6 @@ def soft_backup_with_kl(seed):
     printed = r + go_on * (GAMMA * lse - log_A)
     return [backup(Q, r, done, -log_A, TAU) - corrected, corrected - exact], printed - exact
 
-
 @equation(83, "soft_dqn.targets", "soft_dqn.soft_value", margin=0.9)
 def soft_backup_with_entropy(seed):
     """Printed without tau before the log-sum-exp: not in units of reward, nor the value of the best
@@ -496,7 +455,6 @@ def soft_backup_with_entropy(seed):
     exact = r + GAMMA * (1 - done) * optimum(Q, zero)
     corrected, printed = (r + GAMMA * (1 - done) * factor * lse for factor in (TAU, 1.0))
     return [backup(Q, r, done, zero, TAU) - corrected, corrected - exact], printed - exact
-
 
 @equation(84, "a2c_proper.losses", "pgql_equiv.samples", "pgql_equiv.pg_loss")
 def policy_loss(seed):
@@ -511,7 +469,6 @@ def policy_loss(seed):
     return [loss.detach() - value, terms["policy_loss"] - value.mean(),
             x.given(x.each(loss.sum(), leaves)) + x.exact_gradient(Q)]
 
-
 @equation(85, "a2c_proper.losses", "pgql_equiv.samples", "pgql_equiv.pg_loss")
 def value_loss(seed):
     """V_hat_t held fixed, Eq. 54 by a forward sum. The scripts' values, and the gradient of each
@@ -524,7 +481,6 @@ def value_loss(seed):
     terms, _ = x.losses(a2c_proper, V[x.s], V[x.s_n])
     return [loss.detach() - 0.5 * error**2, terms["value_loss"] - 0.5 * (error**2).mean(),
             x.each(loss.sum(), leaves) - error[..., None] * x.grad_V]
-
 
 @equation(86, "a2c_naive.losses", "a2c_proper.losses", "pgql_equiv.samples", "pgql_equiv.pg_loss")
 def a3c_loss(seed):

@@ -14,10 +14,8 @@ from exact import MDP
 TAU, GAMMA, LAMBDA = 0.3, 0.9, 0.7
 STEPS = 1, 2, 3  # n
 
-
 class Problem(MDP):
     """A random MDP, and a policy pi, Q and V that have nothing to do with one another."""
-
     def __init__(self, seed):
         super().__init__(seed)
         assert 0 < self.ends.sum() < self.ends.numel()
@@ -78,10 +76,8 @@ class Problem(MDP):
             first = first @ self.step(pi)
         return total
 
-
 class Paths:
     """Every path s_0, a_0 .. s_n, a_n, its actions after a_0 from pi; (n+1, P), (n, P) or (P,)."""
-
     def __init__(self, m, pi, n):
         grid = torch.cartesian_prod(*map(torch.arange, (m.S, m.A) * (n + 1))).T
         self.m, self.n, self.s, self.a = m, n, grid[0::2], grid[1::2]
@@ -102,28 +98,24 @@ class Paths:
 
     def q_targets(self, Q):
         """y_0 by soft_dqn.py."""
-        return soft_dqn.targets(self.r, self.ends, torch.zeros_like(self.r), Q[self.after],
-                                self.m.log_pi_bar[self.after], TAU, GAMMA)
+        return soft_dqn.targets(self.r, self.ends, Q[self.after], self.m.log_pi_bar[self.after],
+                                TAU, GAMMA)
 
     def td_errors(self, KL, V):
         """delta_t by natural_pg_damped.py, with the KL of each state and V."""
-        zero = torch.zeros_like(self.r)
-        return natural_pg_damped.td_errors(self.r, KL[self.here], self.ends, zero, V[self.s], zero,
-                                           TAU, GAMMA)
+        return natural_pg_damped.td_errors(self.r, KL[self.here], self.ends, V[self.s], TAU, GAMMA)
 
     def advantage(self, KL, V):
         """sum_{t<n} gamma^t delta_t by natural_pg_damped.py."""
         delta = self.td_errors(KL, V)
         return natural_pg_damped.advantages(delta, self.ends, GAMMA, self.n)[0]
 
-
 def power(T, pi, x, n):
     for _ in range(n):
         x = T(pi, x)
     return x
 
-
-def maximiser(m):
+def maximizer(m):
     """The argmax of Eq. 27 by mirror ascent, of which each step halves the error of log pi."""
     pi = m.pi
     for _ in range(70):
@@ -131,7 +123,6 @@ def maximiser(m):
         slope, = torch.autograd.grad(m.objective(pi, m.Q).sum(), pi)
         pi = (pi.log() + slope / (2 * TAU)).softmax(-1)
     return pi.detach()
-
 
 # --- 3.1 values ---
 @equation(24)
@@ -141,7 +132,6 @@ def state_value(seed):
     x = (m.pi * m.r).sum(-1) - TAU * m.KL(m.pi)
     return m.V_pi() - m.series(torch.eye(m.S), m.pi, x, GAMMA)
 
-
 @equation(25)
 def action_value(seed):
     """The sum over time, with no KL at t = 0, against the fixed point of T_pi for Q."""
@@ -149,13 +139,11 @@ def action_value(seed):
     x = (m.pi * m.r).sum(-1) - TAU * m.KL(m.pi)
     return m.Q_pi(m.pi) - (m.r + GAMMA * m.series(m.go, m.pi, x, GAMMA))
 
-
 @equation(26)
 def value_of_action_values(seed):
     """Between the solutions of two systems of equations, one in states and one in pairs."""
     m = Problem(seed)
     return m.V_pi() - ((m.pi * m.Q_pi(m.pi)).sum(-1) - TAU * m.KL(m.pi))
-
 
 # --- 3.2 Boltzmann policy ---
 @equation(27)
@@ -168,14 +156,12 @@ def boltzmann_is_best(seed):
     assert (m.objective(others, m.Q) < best).all()
     return torch.autograd.grad(best.sum(), logits)[0]
 
-
 @equation(28)
 def boltzmann_policy(seed):
     """The closed form against the policy that an ascent on the braces of Eq. 27 ends in."""
     m = Problem(seed)
     weights = m.pi_bar * (m.Q / TAU).exp()
-    return maximiser(m) - weights / weights.sum(-1, keepdim=True)
-
+    return maximizer(m) - weights / weights.sum(-1, keepdim=True)
 
 @equation(29, "soft_dqn.soft_value")
 def soft_maximum(seed):
@@ -183,8 +169,7 @@ def soft_maximum(seed):
     m = Problem(seed)
     V = soft_dqn.soft_value(m.Q, m.log_pi_bar, TAU)
     formula = TAU * (m.pi_bar * (m.Q / TAU).exp()).sum(-1).log()
-    return [V - formula, V - m.objective(maximiser(m), m.Q)]
-
+    return [V - formula, V - m.objective(maximizer(m), m.Q)]
 
 @equation(30, "soft_dqn.boltzmann", "pgql_equiv.policy_and_value")
 def boltzmann_by_advantage(seed):
@@ -195,14 +180,12 @@ def boltzmann_by_advantage(seed):
     return [log_pi.exp() - pi,
             pgql_equiv.policy_and_value(m.Q, m.log_pi_bar, TAU)[0].exp() - pi]
 
-
 @equation(31)
 def soft_maximum_as_expectation(seed):
     """The log-sum-exp against an expectation; so Q - V_Q has mean tau KL, not 0."""
     m = Problem(seed)
     assert size((m.pi_B * (m.Q - m.V_Q[:, None])).sum(-1)) > 1e-3
     return m.V_Q - ((m.pi_B * m.Q).sum(-1) - TAU * m.KL(m.pi_B))
-
 
 # --- 3.3 fixed-policy backups ---
 @equation(32)
@@ -215,7 +198,6 @@ def backup_of_state_values(seed):
     V = m.series(torch.eye(m.S), m.pi, (m.pi * m.r).sum(-1) - TAU * KL, GAMMA)
     return [m.T_V(m.pi, m.V) - (m.pi * average).sum(-1), m.T_V(m.pi, V) - V]
 
-
 @equation(33)
 def backup_of_action_values(seed):
     """For any Q against the mean over paths of one step; the sum of Eq. 25 is the fixed point."""
@@ -227,7 +209,6 @@ def backup_of_action_values(seed):
     Q = m.r + GAMMA * m.series(m.go, m.pi, (m.pi * m.r).sum(-1) - TAU * KL, GAMMA)
     return [m.T_Q(m.pi, m.Q) - average, m.T_Q(m.pi, Q) - Q]
 
-
 @equation(34)
 def lookahead_of_state_values(seed):
     """n applications of T_pi to any V against the sum over paths of n steps."""
@@ -238,7 +219,6 @@ def lookahead_of_state_values(seed):
         residuals.append(power(m.T_V, m.pi, m.V, n) - (m.pi * paths.mean(total)).sum(-1))
     return residuals
 
-
 def lookahead_of_q(m, pi, n):
     """Both sides of Eq. 35 and 40."""
     paths, KL = Paths(m, pi, n), m.KL(pi)
@@ -246,14 +226,12 @@ def lookahead_of_q(m, pi, n):
     total = paths.discounted(paths.r - TAU * KL[paths.here], final)
     return power(m.T_Q, pi, m.Q, n) - TAU * KL[:, None], paths.mean(total)
 
-
 @equation(35)
 def lookahead_of_action_values(seed):
     """n applications of T_pi to any Q, less the first KL, against the sum over paths."""
     m = Problem(seed)
     sides = [lookahead_of_q(m, m.pi, n) for n in STEPS]
     return [left - right for left, right in sides]
-
 
 @equation(36, "natural_pg_damped.td_errors")
 def bellman_errors(seed):
@@ -264,7 +242,6 @@ def bellman_errors(seed):
         delta = paths.td_errors(m.KL(m.pi), V)[0]
         residuals.append((m.pi * paths.mean(delta)).sum(-1) - change)
     return residuals
-
 
 @equation(37, "natural_pg_damped.td_errors", "natural_pg_damped.advantages", margin=0.1)
 def lookahead_by_bellman_errors(seed):
@@ -277,7 +254,6 @@ def lookahead_by_bellman_errors(seed):
         residuals.append(TnV - m.V - (m.pi * paths.mean(Delta)).sum(-1))
         printed.append(size(TnV - (m.pi * paths.mean(Delta + final)).sum(-1)))
     return residuals, min(printed)
-
 
 # --- 3.4 Boltzmann backups ---
 @equation(38, "soft_dqn.targets", margin=0.1)
@@ -297,7 +273,6 @@ def boltzmann_backup(seed):
     assert min(size(bracket), size(action)) > 1e-3
     return TQ - (m.r + GAMMA * (later - TAU * m.go @ KL)), printed
 
-
 @equation(39, "soft_dqn.targets")
 def soft_backup(seed):
     """The script's target, averaged over s', against the log-sum-exp, and against Eq. 33 at pi_B.
@@ -310,7 +285,6 @@ def soft_backup(seed):
                                                                Paths(m, m.pi_B, 1))]
     return [TQ - averages[0], TQ - averages[1], TQ - m.T_Q(m.pi_B, m.Q)]
 
-
 @equation(40)
 def lookahead_of_boltzmann(seed):
     """Eq. 35 at pi_B of Q, which stays that of Q: with the pi_B of each backup it is another."""
@@ -319,7 +293,6 @@ def lookahead_of_boltzmann(seed):
     TQ = m.T_Q(m.pi_B, m.Q)
     assert size(m.T_Q(m.greedy(TQ), TQ) - m.T_Q(m.pi_B, TQ)) > 1e-3
     return [left - right for left, right in sides]
-
 
 @equation(41, "soft_dqn.targets")
 def lookahead_ends_in_soft_value(seed):
@@ -337,7 +310,6 @@ def lookahead_ends_in_soft_value(seed):
         assert n == 1 or size(TnQ - other.mean(other.q_targets(m.Q))) > 1e-3
     return residuals
 
-
 def lambda_backup(m, terms=150):
     """Eq. 42, the terms written out."""
     total, TkQ = 0.0, m.Q
@@ -345,7 +317,6 @@ def lambda_backup(m, terms=150):
         TkQ = m.T_Q(m.pi_B, TkQ)
         total = total + (1 - LAMBDA) * LAMBDA**k * TkQ
     return total
-
 
 @equation(42)
 def td_lambda(seed):
@@ -362,7 +333,6 @@ def td_lambda(seed):
         x = LAMBDA * m.T_Q(m.pi_B, x)
     assert size(x) > 1e-2
     return lambda_backup(m) - closed
-
 
 @equation(43, "natural_pg_damped.td_errors", margin=0.1)
 def td_lambda_by_errors(seed):
@@ -386,7 +356,6 @@ def td_lambda_by_errors(seed):
     return ([TQ - ((m.V_Q + TAU * KL)[:, None] + errors), TQ - (m.Q + errors_of_q)],
             TQ - (m.Q + errors))
 
-
 # --- 3.5 soft Q-learning ---
 @equation(44, "soft_dqn.loss", "soft_dqn.targets")
 def squared_error(seed):
@@ -400,13 +369,13 @@ def squared_error(seed):
     mu = torch.rand(m.S, m.A, generator=generator(seed)).flatten().softmax(0).view(m.S, m.A)
     y, weight = paths.q_targets(m.Q), mu[s, a] * paths.probability
     Q = m.Q.clone().requires_grad_()
-    L, free = (soft_dqn.loss(Q[s], a, x, weight, "square") for x in (y, paths.q_targets(Q)))
+    L, free = (sum(w * soft_dqn.loss(Q[s][i:i + 1], a[i:i + 1], x[i:i + 1], "square")
+                   for i, w in enumerate(weight)) for x in (y, paths.q_targets(Q)))
     gradient, gradient_free = (torch.autograd.grad(x, Q)[0] for x in (L, free))
     assert size(gradient - gradient_free) > 1e-3
     by_hand = m.r[s, a] + GAMMA * paths.live[1] * m.V_Q[s_next]
     value = (weight * 0.5 * (m.Q[s, a] - by_hand) ** 2).sum()
     return [L.detach() - value, gradient - mu * (m.Q - m.T_Q(m.pi_B, m.Q))]
-
 
 @equation(45, "soft_dqn.targets")
 def one_step_target(seed):
@@ -416,13 +385,11 @@ def one_step_target(seed):
     V_Q = m.objective(m.pi_B, m.Q)
     return paths.q_targets(m.Q) - (paths.r[0] + GAMMA * (1 - paths.ends[0]) * V_Q[paths.s[1]])
 
-
 def forward_target(m, paths, late=0):
     """Eq. 46 from left to right, with gamma^{late + n}."""
     KL, V_Q = m.KL(m.pi_B), m.objective(m.pi_B, m.Q)
     total = paths.discounted(paths.r - TAU * KL[paths.here], GAMMA**late * V_Q[paths.s[paths.n]])
     return TAU * KL[paths.s[0]] + total
-
 
 @equation(46, "soft_dqn.targets", "pgql_equiv.samples", "pgql_equiv.q_error", margin=0.04)
 def n_step_target(seed):
@@ -433,15 +400,13 @@ def n_step_target(seed):
     m, residuals, printed = Problem(seed), [], []
     for n in STEPS:
         paths = Paths(m, m.pi, n)
-        y, a, zero = paths.q_targets(m.Q), paths.a[:-1], torch.zeros_like(paths.r)
-        rollout = pgql_equiv.Rollout(None, a, paths.r, paths.ends, zero, zero)
-        x = pgql_equiv.samples(m.pi_B.log()[paths.here], m.V_Q[paths.here], rollout,
+        y, a = paths.q_targets(m.Q), paths.a[:-1]
+        x = pgql_equiv.samples(m.pi_B.log()[paths.here], m.V_Q[paths.here], a, paths.r, paths.ends,
                                m.V_Q[paths.s[n]], m.log_pi_bar[paths.here], TAU, GAMMA)
         other = m.Q[paths.s[0], a[0]] - pgql_equiv.q_error(x, TAU)[0]
         residuals += [y - forward_target(m, paths), other - forward_target(m, paths)]
         printed.append(size(y - forward_target(m, paths, late=5)))
     return residuals, min(printed)
-
 
 @equation(47, "natural_pg_damped.td_errors", "natural_pg_damped.advantages", "soft_dqn.targets")
 def n_step_target_by_errors(seed):

@@ -10,10 +10,8 @@ from exact import MDP
 TAU, EPS, LAMBDA = 0.3, 0.05, 0.1  # damping eps; the natural gradient step is eps / tau
 NAME = "natural_pg_damped."
 
-
 class Policy:
     """A policy with a hidden layer on one-hot states, as a function of one row of parameters."""
-
     def __init__(self, mdp, seed, hidden=4):
         self.shapes = (mdp.S, hidden), (hidden, mdp.A)
         self.theta = torch.randn(sum(map(math.prod, self.shapes)), generator=generator(seed))
@@ -24,10 +22,8 @@ class Policy:
                        zip(theta.split([math.prod(x) for x in self.shapes]), self.shapes))
         return (trunk.tanh() @ head).log_softmax(-1)
 
-
 class Problem:
     """A batch of states and actions, drawn at random, and everything that section 5 fixes."""
-
     def __init__(self, seed, B=40, S=4, A=3):
         g = generator(seed + 50)
         self.mdp, self.A, self.B = MDP(seed, S, A), A, B
@@ -63,18 +59,15 @@ class Problem:
         A = self.adv if A is None else A
         return script.natural_gradient(self.J, A, damping, 100)[0]
 
-
 def gauss_newton(residual, theta, damping):
     """-(J^T J / B + damping)^-1 J^T r / B of a vector of residuals, dense."""
     r, J = residual(theta), torch.func.jacrev(residual)(theta)
     F = J.T @ J / len(r) + damping * torch.eye(len(theta))
     return -torch.linalg.solve(F, J.T @ r / len(r))
 
-
 def loss_residual(loss):
     """The residual whose half square is a loss of the script, up to its sign, near theta."""
     return lambda theta: (2 * loss(theta)).sqrt()
-
 
 @equation(66, NAME + "natural_gradient", NAME + "policy_gradient", NAME + "sampled_fisher",
           margin=0.5)
@@ -91,7 +84,6 @@ def least_squares(seed):
     found = step * p.x()
     return found - w, (step * w - found).norm() / found.norm()
 
-
 @equation(67, NAME + "jacobian", bound=1e-6)
 def first_order(seed):
     """log pi moves by psi^T (theta - theta_old) to first order; what is left falls with its square.
@@ -104,7 +96,6 @@ def first_order(seed):
             for k in (h, h / 2)]
     return h * (left[0] - left[1])
 
-
 @equation(68, NAME + "regression_loss", NAME + "natural_gradient")
 def regression(seed):
     """One Gauss-Newton step on the script's loss with the advantage as target is that of Eq. 66."""
@@ -115,7 +106,6 @@ def regression(seed):
     step = gauss_newton(lambda theta: sign * residual(theta), p.theta, LAMBDA)
     return step - EPS / TAU * p.x(A=p.Delta)
 
-
 def expected_gradient(p, adv):
     """E of the script's policy gradient, states alike, a ~ pi; adv (S, A)."""
     total, pi = 0.0, p.policy.log_pi(p.theta).exp()
@@ -125,7 +115,6 @@ def expected_gradient(p, adv):
                                 torch.tensor([a]))
             total = total + pi[s, a] / len(pi) * script.policy_gradient(J, adv[s, a, None])
     return total
-
 
 def objective_gradient(p, Delta):
     """Eq. 69 by automatic differentiation: mean over states of E[log pi Delta] - tau KL."""
@@ -138,7 +127,6 @@ def objective_gradient(p, Delta):
 
     return torch.func.grad(objective)(p.theta)
 
-
 def tables(p, seed):
     """Delta (S, A), and log pi - log pi_bar (S, A) and KL (S, 1) at theta_old."""
     log_pi = p.policy.log_pi(p.theta)
@@ -146,16 +134,14 @@ def tables(p, seed):
     Delta = torch.randn(log_pi.shape, generator=generator(seed + 7))
     return Delta, log_ratio, (log_pi.exp() * log_ratio).sum(-1, keepdim=True)
 
-
 @equation(69, NAME + "policy_gradient")
-def entropy_regularised_gradient(seed):
+def entropy_regularized_gradient(seed):
     """psi Delta by the script's function, minus tau grad KL, against autograd of the whole."""
     p = Problem(seed)
     Delta, *_ = tables(p, seed)
     KL = torch.func.grad(lambda theta: script.kl_divergence(
         p.policy.log_pi(theta), p.mdp.log_pi_bar).mean())(p.theta)
     return expected_gradient(p, Delta) - TAU * KL - objective_gradient(p, Delta)
-
 
 @equation(70, NAME + "policy_gradient", NAME + "q_step")
 def gradient_with_one_advantage(seed):
@@ -172,9 +158,8 @@ def gradient_with_one_advantage(seed):
     assert (batch - torch.func.grad(on_batch)(p.theta)).abs().max() > 1e-3
     return expected_gradient(p, adv) - objective_gradient(p, Delta)
 
-
 @equation(71, NAME + "regression_loss", NAME + "log_pi_target", NAME + "q_step", margin=0.01)
-def regression_with_regulariser(seed):
+def regression_with_regularizer(seed):
     """A Gauss-Newton step on the script's loss is the natural gradient step of size eps / tau.
 
     Printed with log pi_theta inside the target, its Jacobian is 1 + eps times too large.
@@ -192,7 +177,6 @@ def regression_with_regulariser(seed):
     as_printed = gauss_newton(printed, p.theta, LAMBDA)
     return step - x, (as_printed - x).norm() / x.norm()
 
-
 @equation(72, NAME + "damped_q_loss")
 def soft_q_learning(seed):
     """eps = 1 against 1/2 (V_theta + tau log ratio - (V_old + tau KL_old + Delta))^2, V free."""
@@ -202,7 +186,6 @@ def soft_q_learning(seed):
     square = 0.5 * (V + TAU * p.log_ratio(p.elsewhere) - y).square()
     return p.q_loss(p.elsewhere, V, eps=1.0) - square
 
-
 @equation(73, NAME + "damped_q_loss")
 def soft_q_learning_with_v_fixed(seed):
     """With V_theta = V_old it is 1/2 (tau log ratio - (Delta + tau KL_old))^2; not with V free."""
@@ -210,7 +193,6 @@ def soft_q_learning_with_v_fixed(seed):
     square = 0.5 * (TAU * p.log_ratio(p.elsewhere) - (p.Delta + TAU * p.KL)).square()
     assert (p.q_loss(p.elsewhere, p.V + 1, eps=1.0) - square).abs().max() > 0.1
     return p.q_loss(p.elsewhere, eps=1.0) - square
-
 
 @equation(74, NAME + "damped_q_loss", NAME + "q_step")
 def damped_target(seed):
@@ -226,14 +208,12 @@ def damped_target(seed):
     assert (slope(torch.ones(p.B)) - slope(torch.zeros(p.B)) - 1).abs().max() < 1e-12
     return minimum - ((1 - EPS) * Q_old + EPS * Q_hat)
 
-
 @equation(75, NAME + "q_step")
 def step_in_q(seed):
     """Q_hat - Q_old with V_old in both, from Eq. 47 and 57; with V_theta in the first it is not."""
     p = Problem(seed)
     Q_hat, Q_old = p.V + TAU * p.KL + p.Delta, p.V + TAU * p.log_ratio_old
     return p.adv - (Q_hat - Q_old)
-
 
 @equation(76, NAME + "q_step")
 def step_in_q_is_the_advantage(seed):
@@ -243,7 +223,6 @@ def step_in_q_is_the_advantage(seed):
     adv, pi = script.q_step(Delta, log_ratio, KL, TAU), p.policy.log_pi(p.theta).exp()
     return [p.adv - (p.Delta + TAU * (p.KL - p.log_ratio_old)), (pi * (adv - Delta)).sum(-1)]
 
-
 @equation(77, NAME + "damped_q_loss")
 def error_of_the_damped_target(seed):
     """Q_theta - Q_hat^eps = Q_theta - Q_old - eps (Q_hat - Q_old), as the root of the loss."""
@@ -251,7 +230,6 @@ def error_of_the_damped_target(seed):
     Q, Q_old = (p.V + TAU * p.log_ratio(theta) for theta in (p.elsewhere, p.theta))
     Q_hat = p.V + TAU * p.KL + p.Delta
     return (2 * p.q_loss(p.elsewhere)).sqrt() - (Q - Q_old - EPS * (Q_hat - Q_old)).abs()
-
 
 @equation(78, NAME + "damped_q_loss", NAME + "regression_loss", NAME + "log_pi_target", margin=1e-3)
 def damped_q_loss_is_the_regression(seed):

@@ -6,11 +6,9 @@ from exact import MDP
 
 TAU, GAMMA = 0.3, 0.9
 
-
 def random_policy(mdp, seed):
     """log pi (S, A)."""
     return torch.randn(mdp.S, mdp.A, generator=generator(seed + 9)).log_softmax(-1)
-
 
 def values(mdp, log_pi, tau, next_state=None):
     """V_pi (S,) and Q_pi (S, A) by a linear solve; next_state (S, A) where it is deterministic."""
@@ -21,7 +19,6 @@ def values(mdp, log_pi, tau, next_state=None):
     V = torch.linalg.solve(torch.eye(mdp.S) - GAMMA * P, (pi * mdp.r).sum(-1) - regular)
     return V, mdp.r + GAMMA * alive * (p @ V)
 
-
 def optimum(mdp, next_state=None):
     """Q* (S, A), V* (S,), log pi* (S, A) by iterating the soft Bellman operator, Eq. 39."""
     p = mdp.p if next_state is None else torch.eye(mdp.S)[next_state]
@@ -30,7 +27,6 @@ def optimum(mdp, next_state=None):
         Q = mdp.r + GAMMA * (1 - mdp.ends) * (p @ V)
         V = TAU * (mdp.log_pi_bar + Q / TAU).logsumexp(-1)
     return Q, V, mdp.log_pi_bar + (Q - V[:, None]) / TAU
-
 
 def path(mdp, seed, n=6):
     """A deterministic map (S, A) -> state, and states (n+1,) and any actions (n,) of one path."""
@@ -41,7 +37,6 @@ def path(mdp, seed, n=6):
     for a in actions:
         states.append(int(next_state[states[-1], a]))
     return next_state, states, actions.tolist()
-
 
 @equation(87, margin=0.1)
 def q_from_policy_and_value(seed):
@@ -55,7 +50,6 @@ def q_from_policy_and_value(seed):
     S = -(pi * log_pi).sum(-1, keepdim=True)
     excess, printed = ((pi * (V[:, None] + TAU * (log_pi + x))).sum(-1) - V for x in (S, TAU * S))
     return excess, printed
-
 
 @equation(88)
 def advantages_along_a_path(seed):
@@ -71,10 +65,9 @@ def advantages_along_a_path(seed):
     assert abs(left - (rewards - V[s[0]])) > 1e-2, "without the last value"
     return [left - right, middle - right]
 
-
 @equation(89)
 def optimal_policy_and_advantage(seed):
-    """tau (log pi* - log pi_bar) = Q* - V*, with V* as the regularised value of pi* by a solve."""
+    """tau (log pi* - log pi_bar) = Q* - V*, with V* as the regularized value of pi* by a solve."""
     mdp = MDP(seed)
     _, _, log_pi = optimum(mdp)
     V, Q = values(mdp, log_pi, TAU)
@@ -83,7 +76,6 @@ def optimal_policy_and_advantage(seed):
     off = TAU * (other - mdp.log_pi_bar) - (Q_other - V_other[:, None])
     assert off.abs().max() > 0.1, "at the optimum only"
     return TAU * (log_pi - mdp.log_pi_bar) - (Q - V[:, None])
-
 
 @equation(90)
 def path_consistency(seed):
