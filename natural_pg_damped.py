@@ -192,8 +192,7 @@ class Args:
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         for name, value in vars(self).items():
             zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
             low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
@@ -202,7 +201,7 @@ class Args:
     # === end shared ===
 
 MEASURED = ("cg_residual", "cg_seconds", "kl_natural", "cosine", "cosine_fisher", "norm_ratio",
-            "kl_measured", "kl_quadratic")  # NaN in a row without one
+            "kl_measured", "kl_quadratic")  # NaN in a row without a solution or measurement
 
 # === algorithm ===
 def train(args):
@@ -311,8 +310,8 @@ def train(args):
         if solved:
             groups += [dict(
                 cg_residual=residual, cg_seconds=eps.new_tensor(seconds),  # of one solution
-                kl_natural=quadratic_kl(eps, tau, xFx))]  # of a step eps / tau x, taken or not
-        if measured:  # the step taken, d, against eps / tau x
+                kl_natural=quadratic_kl(eps, tau, xFx))]  # of the step eps / tau x, taken or not
+        if measured:  # the step that was taken, d, against eps / tau x
             d = flat(pi) - theta_old
             Jd = times(d)
             dFx, dFd = (all_action_fisher(log_pi_old, Jd, Jv) for Jv in (Jx, Jd))
@@ -320,7 +319,7 @@ def train(args):
                 cosine=ratio(d @ x, d.norm() * x.norm()),
                 cosine_fisher=ratio(dFx, dFd.sqrt() * xFx.sqrt()),  # however pi is parameterized
                 norm_ratio=ratio(d.norm(), eps / tau * x.norm()),
-                kl_measured=moved, kl_quadratic=0.5 * dFd)]  # the latter to second order
+                kl_measured=moved, kl_quadratic=0.5 * dFd)]  # of d, the latter to second order
         run.log(envs, *groups, learning_rate=lr, **dict.fromkeys(MEASURED, math.nan))
         run.evaluate(act)
         if run.save():  # new games, so that a resumed run equals an unbroken one
@@ -434,6 +433,7 @@ class Atari:
         self.score, self.length = self.score + r, self.length + 1
         frame = info["episode_frame_number"]  # 4 more than before, or a new game has begun
         over, self.frame = truncated | (frame != self.frame + 4), frame
+        truncated &= ~terminated  # where a life was lost in that step nothing follows anyway
         self.ended += [(i, *map(float, (self.score[i], self.length[i]))) for i in over.nonzero()[0]]
         self.score[over], self.length[over] = 0, 0
         last = info["final_obs"][truncated] if truncated.any() else None  # other rows are garbage

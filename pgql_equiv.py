@@ -144,8 +144,7 @@ class Args:
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         for name, value in vars(self).items():
             zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
             low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
@@ -339,6 +338,7 @@ class Atari:
         self.score, self.length = self.score + r, self.length + 1
         frame = info["episode_frame_number"]  # 4 more than before, or a new game has begun
         over, self.frame = truncated | (frame != self.frame + 4), frame
+        truncated &= ~terminated  # where a life was lost in that step nothing follows anyway
         self.ended += [(i, *map(float, (self.score[i], self.length[i]))) for i in over.nonzero()[0]]
         self.score[over], self.length[over] = 0, 0
         last = info["final_obs"][truncated] if truncated.any() else None  # other rows are garbage

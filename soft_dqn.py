@@ -134,8 +134,7 @@ class Args:
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         for name, value in vars(self).items():
             zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
             low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
@@ -227,8 +226,8 @@ def train(args):
         if run.step % args.target_network_frequency < N:
             target.load_state_dict(net.state_dict())
 
-        # log, evaluate, save, each when it is due. TERMS are means over updates; entropy is that
-        # of the Boltzmann policy at --tau, also with --backup hard; epsilon: not with boltzmann
+        # log, evaluate, save, each when it is due. TERMS: means over updates; entropy: that of the
+        # Boltzmann policy at --tau, also with --backup hard; epsilon: unused if boltzmann explores
         run.log(envs, *terms, **dict.fromkeys(TERMS, math.nan), epsilon=epsilon_at(run.step, args),
                 updates=updates, replay_fill=min(1, memory.t / memory.C))
         run.evaluate(act)
@@ -257,8 +256,8 @@ class Replay:
     """The last C steps of N environments, each frame once; stacks of 4 are made when sampled.
 
     Step t of all environments lies in slot t % C: the newest frame of s_t, a_t, r_t, done_t, the
-    age of s_t (frames before it in its game, at most 3), and cut_t: 1 where s_{t+1} is not held,
-    as the time limit ended the game. The newest slot is open: a frame, and no action yet.
+    age of s_t (frames before it in its game, at most 3), and cut_t: 1 where s_{t+1} is not held, as
+    the time limit or a restart cut the game. The newest slot is open: a frame, no action yet.
     """
     def __init__(self, num_envs, capacity, device):
         self.N, self.C, self.t = num_envs, capacity, 0
@@ -269,11 +268,11 @@ class Replay:
         self.cut = torch.zeros(capacity, num_envs, dtype=torch.bool)  # on the host, for draw()
 
     def begin(self, obs):
-        """New games in all environments; the open step will not be made and counts as cut."""
+        """New games in all environments, obs (N, 4, 84, 84): the open step counts as cut."""
         return self.add(0, 0, 0, True, obs, slice(None))
 
     def add(self, a, r, done, cut, obs, started):
-        """Completes the open slot and opens the next with obs; started lists the new games."""
+        """Completes the open slot, (N,) each, opens the next with obs; started lists new games."""
         k, new = self.t % self.C, (self.t + 1) % self.C
         self.a[k], self.r[k], self.done[k], self.cut[k] = a, r, done, cut
         self.frames[new], self.age[new] = obs[:, 3], (self.age[k] + 1).clamp(max=3)
@@ -398,6 +397,7 @@ class Atari:
         self.score, self.length = self.score + r, self.length + 1
         frame = info["episode_frame_number"]  # 4 more than before, or a new game has begun
         over, self.frame = truncated | (frame != self.frame + 4), frame
+        truncated &= ~terminated  # where a life was lost in that step nothing follows anyway
         self.ended += [(i, *map(float, (self.score[i], self.length[i]))) for i in over.nonzero()[0]]
         self.score[over], self.length[over] = 0, 0
         last = info["final_obs"][truncated] if truncated.any() else None  # other rows are garbage

@@ -51,12 +51,12 @@ def overwriting(monkeypatch):
 
 def test_a_compiled_run_equals_the_plain_one(four, tmp_path, overwriting):
     """To rounding, over cut games, evaluations and saves, with two functions compiled once each."""
-    flags = dict(MORE.get(four.__name__, {}), total_timesteps=160, log_every=20, eval_every=80,
-                 eval_games=1, save_every=60, max_episode_frames=100)
+    flags = dict(MORE.get(four.__name__, {}), total_timesteps=100, log_every=20, eval_every=50,
+                 eval_games=1, save_every=60, max_episode_frames=60)
     plain, compiled = (trained(four, tmp_path / str(on), compile=on, **flags)
                        for on in (False, True))
     assert overwriting.graphs == len(overwriting.calls) == 2
-    assert min(overwriting.calls.values()) > 5
+    assert min(overwriting.calls.values()) >= 5
     for log in ("metrics.csv", "eval.csv"):
         assert len(rows(plain, log)) == len(rows(compiled, log)) > 1
         for expected, row in zip(rows(plain, log), rows(compiled, log)):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from util import ROOT, rows
 
 sys.path.insert(0, str(ROOT / "paper"))

@@ -1,180 +1,35 @@
-"""What the README says was measured is what lies in results/."""
+"""What the pages say was measured is what lies in results/."""
 import csv
 import importlib.util
 import re
 import statistics
-from pathlib import Path
+import sys
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-KRULL = ROOT / "results" / "krull"
+from util import ROOT
 
+KRULL = ROOT / "results" / "krull"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+def text(*pages):
+    """The pages as one line."""
+    return " ".join(" ".join((ROOT / page).read_text() for page in pages).split())
+
+PAGES = text("README.md", "benchmarks/README.md", "results/README.md")
+
+def table(path):
+    """The rows of a CSV, with numbers where there are some."""
+    with open(path, newline="") as f:
+        return [{k: float(v) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", v) else v
+                 for k, v in row.items()} for row in csv.DictReader(f)]
 
 def column(path, name):
-    with open(path, newline="") as f:
-        return [float(row[name]) for row in csv.DictReader(f)]
+    return [x for x in (float(row[name]) for row in table(path)) if x == x]
 
-
-def table():
-    """(arm, scores) of each row of the learning check's table."""
-    for line in (ROOT / "README.md").read_text().splitlines():
-        if found := re.search(r"learning_check.py train (\w+)` \|$", line):
-            yield found[1], [int(x) for x in re.findall(r"\| \**(\d+)\** (?=\|)", line)]
-
-
-@pytest.mark.parametrize("arm, scores", list(table()))
-def test_scores_of_the_learning_check_are_the_committed_ones(arm, scores):
-    evaluations = [KRULL / arm / f"seed{i + 1}" / "eval.csv" for i in range(len(scores))]
-    assert scores == [round(column(path, "score_mean")[-1]) for path in evaluations]
-    assert len(scores) == len(list(KRULL.glob(f"{arm}/seed*"))) >= 2
-    assert all((path.parent / "args.json").exists() for path in evaluations)
-
-
-def test_every_committed_arm_is_in_the_table():
-    arms = {path.parent.parent.name for path in KRULL.glob("*/seed*/eval.csv")}
-    assert {arm for arm, _ in table()} == arms and len(arms) >= 6
-
-
-def test_gradients_of_the_committed_runs_are_as_far_apart_as_the_readme_says():
-    """cosine >= 0.9988, gap 0.0004 to 0.05, error below 3.5e-6, on 180 batches."""
-    runs = list(KRULL.glob("pgql_*/seed*/metrics.csv"))
-    cosine, gap, error = ([x for path in runs for x in column(path, name)]
-                          for name in ("cosine", "gap", "gap_error"))
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert "180 batches" in text and len(cosine) == 180
-    assert "is 0.9988 or more" in text and min(cosine) >= 0.9988
-    assert "0.0004 to 0.05 of" in text and 0.0004 < min(gap) < max(gap) < 0.05
-    assert "less than 3.5e-6 of" in text and max(error) < 3.5e-6
-
-
-def test_what_was_tried_is_committed_with_its_scores():
-    """The table of benchmarks/README.md."""
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    found = re.findall(r"\| ([\d, ]+|last \d+) \| `(\w[\w.]*)` \|$", text, re.M)
-    assert len(found) >= 6
-    for scores, folder in found:
-        path = KRULL / "tried" / folder / "eval.csv"
-        measured = [round(x) for x in column(path, "score_mean")]
-        expected = [int(x) for x in re.findall(r"\d+", scores)]
-        assert measured[-len(expected):] == expected and path.with_name("args.json").exists()
-
-
-def test_evaluations_of_the_two_backups_vary_as_much_as_the_readme_says():
-    text = " ".join((ROOT / "README.md").read_text().split())
-    quoted = re.search(r"from (\d+) to (\d+) with the hard backup and from (\d+) to (\d+) with the",
-                       text)
-    scores = [x for arm in ("hard", "entropy")
-              for paths in [KRULL.glob(f"soft_dqn_{arm}/seed*/eval.csv")]
-              for of in [[x for path in paths for x in column(path, "score_mean")]]
-              for x in (min(of), max(of))]
-    assert list(map(int, quoted.groups())) == list(map(round, scores))
-
-
-def test_what_the_defaults_of_natural_pg_damped_rest_on_is_committed():
-    """Scores, KL, residual and cosines of the table, by run."""
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    names = {"**default**": "base", "`--eps 3e-4`": "eps3e-4", "`--eps 3e-3`": "eps3e-3",
-             "`--passes 2": "passes2v1", "`--value shared`": "shared", "`--value head`": "head"}
-    lines = re.findall(r"^\| (.*) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d., ]+) \| ([\d., ]+) \|$",
-                       text, re.M)
-    assert len(lines) >= 5
-    for about, score, kl, left, cosine, length in lines:
-        folder, = (folder for name, folder in names.items() if about.startswith(name))
-        path = KRULL / "tried" / f"natural_{folder}" / "metrics.csv"
-        with open(path, newline="") as f:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-        games = [row for row in rows if 20_000 < row["step"] < 41_500 and row["episodes"]]
-        played = sum(row["episodes"] for row in games)
-        mean = sum(row["episodes"] * row["score_mean"] for row in games) / played
-        assert round(mean) == int(score)
-        rows = [row for row in rows if 10_000 < row["step"] < 41_500]
-        for name, value in (("kl_moved", kl), ("residual", left)):
-            median = statistics.median(row[name] for row in rows)
-            assert float(value) == pytest.approx(median, rel=0.05)
-        measured = [row for row in rows if row["cosine"] == row["cosine"]]
-        for name, values in (("cosine_fisher", cosine), ("norm_ratio", length)):
-            assert [float(x) for x in values.split(", ")] == pytest.approx(
-                [row[name] for row in measured], abs=0.06)
-
-
-def test_steps_of_the_committed_runs_are_as_near_the_natural_gradient_as_the_readme_says():
-    """Cosines and KL of 42 batches, and the scores at 100,000 steps beside those of a2c_proper."""
-    runs = sorted(KRULL.glob("natural/seed*/metrics.csv"))
-    values = {name: [x for path in runs for x in column(path, name) if x == x] for name in (
-        "cosine", "cosine_fisher", "kl_measured", "kl_quadratic")}
-    values["kl"] = [a / b for a, b in zip(values["kl_measured"], values["kl_quadratic"])]
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert "42 measured batches" in text and len(values["cosine"]) == 42
-    for name, pattern in (("cosine_fisher", r"cosine of ([\d.]+) to ([\d.]+) with"),
-                          ("cosine", r"in parameters ([\d.]+) to ([\d.]+),"),
-                          ("kl", r"it moves is ([\d.]+) to ([\d.]+) of")):
-        low, high = map(float, re.search(pattern, text).groups())
-        assert round(min(values[name]), 2) == low and round(max(values[name]), 2) == high
-    assert all(abs(x - 1) < 0.2 for x in values["kl"]), "within 20% of the prediction"
-    quoted = re.search(r"(\d+), (\d+) and (\d+) after 100,000 steps, where that has "
-                       r"(\d+), (\d+) and (\d+);", text).groups()
-    found = [round(column(KRULL / arm / f"seed{seed}" / "eval.csv", "score_mean")[0])
-             for arm in ("natural", "a2c_proper") for seed in (1, 2, 3)]
-    assert list(map(int, quoted)) == found
-
-
-def test_gap_table_of_the_equations_page_is_the_committed_one():
-    rows = list(csv.DictReader(open(ROOT / "results" / "gap" / "gap.csv", newline="")))
-    text = (ROOT / "EQUATIONS.md").read_text()
-    for row in rows:
-        x = {k: float(v) for k, v in row.items()}
-        mdps = [x[f"mdp{i}_sample"] for i in range(5)]
-        line = (f"| {x['tau']:.3f} | {min(mdps):.2g} to {max(mdps):.2g} | "
-                f"{x['krull_sample']:.2g} | {x['krull_batch80']:.2g} |")
-        assert line in text and x["mdp_expectation"] < 1e-15
-    assert len(rows) == 7
-
-
-def measured(name):
-    """The rows of a throughput table, with numbers where there are some."""
-    with open(ROOT / "results" / "throughput" / f"{name}.csv", newline="") as f:
-        return [{k: v if k == "contestant" else float(v) for k, v in row.items()}
-                for row in csv.DictReader(f)]
-
-
-@pytest.mark.parametrize("name", ["a2c_cpu", "dqn_cpu", "scaling_cpu"])
-def test_throughput_tables_are_those_of_the_committed_measurements(name):
-    """Every line that the benchmark would print of them stands in benchmarks/README.md."""
-    throughput = loaded("throughput")
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    rows = measured(name)
-    for N in {row["num_envs"] for row in rows}:
-        of_N = [row for row in rows if row["num_envs"] == N]
-        for line in throughput.table(of_N, list(dict.fromkeys(row["contestant"] for row in of_N))):
-            assert line in text, line
-
-
-def test_speeds_that_the_readme_quotes_are_the_measured_ones():
-    text = " ".join((ROOT / "README.md").read_text().split())
-    for name, ours, peer in (("a2c_cpu", "a2c_proper", "sb3"), ("dqn_cpu", "soft_dqn", "sb3_dqn")):
-        speed = {of: [row["steps_per_s"] for row in measured(name) if row["contestant"] == of]
-                 for of in (ours, peer)}
-        ratios = [a / b for a, b in zip(speed[ours], speed[peer])]
-        median, least, most = (f(ratios) for f in (statistics.median, min, max))
-        found = re.search(rf"`{ours}.py` (?:makes )?(\d+)[^`]*?, ([\d.]+) times [^`]*?"
-                          r"\(([\d.]+) to ([\d.]+)", text).groups()
-        assert int(found[0]) == round(statistics.median(speed[ours]))
-        assert [float(x) for x in found[1:]] == [round(x, 2) for x in (median, least, most)]
-
-
-def test_the_results_page_says_what_is_covered():
-    """Of each figure the sentence that its table of scores begins with, and every folder."""
-    text = (ROOT / "results" / "README.md").read_text()
-    drawn = sorted((ROOT / "results" / "paper").glob("scores?.md"))
-    for path in drawn:
-        sentence = path.read_text().splitlines()[0]
-        assert sentence.startswith("Of the ") and sentence in " ".join(text.split()), path.name
-        assert f"(paper/figure{path.stem[-1]}.png)" in text and f"(paper/{path.name})" in text
-    assert drawn
-    for folder in (p for p in (ROOT / "results").iterdir() if p.is_dir()):
-        assert f"({folder.name})" in text, folder.name
-
+def numbers(pattern):
+    """The numbers that the pages have in the places of a pattern's groups."""
+    return [float(x) for x in re.search(pattern, PAGES).groups()]
 
 def loaded(name):
     """A file of benchmarks/ as a module."""
@@ -182,35 +37,140 @@ def loaded(name):
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
+# the learning check
 
-def test_the_soak_table_is_that_of_the_committed_samples():
-    pytest.importorskip("psutil")
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    paths = sorted((ROOT / "results" / "soak").glob("*.csv"))
-    assert {path.stem for path in paths} == {path.stem for path in ROOT.glob("*.py")}
-    for line in loaded("soak").report(paths):
-        assert line in text, line
+def test_scores_of_the_learning_check_are_the_committed_ones():
+    """Each row of the README's table, and no arm is missing."""
+    found = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if arm := re.search(r"learning_check.py train (\w+)` \|$", line):
+            found[arm[1]] = [int(x) for x in re.findall(r"\| (\d+) (?=\|)", line)]
+    folders = {path.parent for path in KRULL.glob("*/seed*")}
+    assert set(found) == {folder.name for folder in folders} and len(found) >= 6
+    for folder in folders:
+        runs = sorted(folder.glob("seed*"))
+        last = [round(column(run / "eval.csv", "score_mean")[-1]) for run in runs]
+        assert found[folder.name] == last and len(runs) >= 2
+        assert all((run / "args.json").exists() for run in runs)
 
+def test_gradients_of_the_committed_runs_are_as_far_apart_as_the_pages_say():
+    """cosine >= 0.9988, gap 0.0004 to 0.05, error below 3.5e-6, on 180 batches."""
+    runs = list(KRULL.glob("pgql_*/seed*/metrics.csv"))
+    cosine, gap, error = ([x for path in runs for x in column(path, name)]
+                          for name in ("cosine", "gap", "gap_error"))
+    assert "180 batches" in PAGES and len(cosine) == 180
+    assert "is 0.9988 or more" in PAGES and min(cosine) >= 0.9988
+    assert "0.0004 to 0.05 of" in PAGES and 0.0004 < min(gap) < max(gap) < 0.05
+    assert "less than 3.5e-6 of" in PAGES and max(error) < 3.5e-6
 
-def test_a_soak_report_tells_a_leak_from_noise(tmp_path):
-    """60 MiB an hour, and a program that takes twice the work in its last third."""
-    pytest.importorskip("psutil")
-    lines = ["seconds,rss_mib,files,threads,cpu_s,step"]
-    cpu, step = 0.0, 0
-    for t in range(0, 1801, 10):
-        lines.append(f"{t},{400 + t / 60 + t % 20 / 10},4,3,{cpu},{step}")
-        cpu, step = cpu + 10, step + (2000 if t > 1200 else 4000)
-    (tmp_path / "a.csv").write_text("\n".join(lines))
-    row = list(loaded("soak").report([tmp_path / "a.csv"]))[-1].split(" | ")
-    assert 58 < float(row[3]) < 62 and row[4:6] == ["4", "3"]
-    assert float(row[6]) == pytest.approx(0.5, abs=0.02)
-    assert float(row[7].split()[0]) == pytest.approx(2, abs=0.05)
+def test_evaluations_of_the_two_backups_vary_as_much_as_the_pages_say():
+    quoted = numbers(r"from (\d+) to (\d+) with the hard backup and from (\d+) to (\d+) with the")
+    scores = []
+    for arm in ("hard", "entropy"):
+        paths = KRULL.glob(f"soft_dqn_{arm}/seed*/eval.csv")
+        of = [x for path in paths for x in column(path, "score_mean")]
+        scores += [min(of), max(of)]
+    assert quoted == list(map(round, scores))
 
+def test_steps_of_the_committed_runs_are_as_near_the_natural_gradient_as_the_pages_say():
+    """Cosines and KL of 42 batches, and the scores at 100,000 steps beside those of a2c_proper."""
+    runs = sorted(KRULL.glob("natural/seed*/metrics.csv"))
+    values = {name: [x for path in runs for x in column(path, name)] for name in (
+        "cosine", "cosine_fisher", "kl_measured", "kl_quadratic")}
+    values["kl"] = [a / b for a, b in zip(values["kl_measured"], values["kl_quadratic"])]
+    assert "42 measured batches" in PAGES and len(values["cosine"]) == 42
+    for name, pattern in (("cosine_fisher", r"cosine of ([\d.]+) to ([\d.]+) with"),
+                          ("cosine", r"in parameters ([\d.]+) to ([\d.]+),"),
+                          ("kl", r"it moves is ([\d.]+) to ([\d.]+) of")):
+        assert numbers(pattern) == [round(f(values[name]), 2) for f in (min, max)]
+    quoted = numbers(r"(\d+), (\d+) and (\d+) after 100,000 steps, where that has "
+                     r"(\d+), (\d+) and (\d+);")
+    assert quoted == [round(column(KRULL / arm / f"seed{seed}" / "eval.csv", "score_mean")[0])
+                      for arm in ("natural", "a2c_proper") for seed in (1, 2, 3)]
 
-def test_kills_that_the_readme_counts_are_in_the_committed_table():
-    table = (ROOT / "results" / "kills" / "kill_loop.txt").read_text().splitlines()
-    rows = [re.split(r"  +", line) for line in table if line.endswith("  ok")]
-    assert len(rows) == len(table) - 3, "command, machine and header; all others are ok"
-    kills, in_a_save = (sum(int(row[i]) for row in rows) for i in (1, 2))
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"of {kills} kills, {in_a_save} of them while a save was being written" in text
+def test_what_was_tried_is_committed_with_its_scores():
+    """Both tables of benchmarks/README.md."""
+    tried = {row["try"]: row for row in table(KRULL / "tried.csv")}
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    found = re.findall(r"\| ([\d, ]+|last \d+) \| `(\w[\w.]*)` \|$", page, re.M)
+    assert {name for _, name in found} == {name for name in tried if "natural" not in name}
+    for scores, name in found:
+        measured = re.findall(r": ([\d.]+)", tried[name]["evaluations"])
+        expected = [int(x) for x in re.findall(r"\d+", scores)]
+        assert [round(float(x)) for x in measured][-len(expected):] == expected
+    found = re.findall(r"\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d., ]+) \| ([\d., ]+) "
+                       r"\| `(natural_[\w-]+)` \|$", page, re.M)
+    assert {name for *_, name in found} == {name for name in tried if "natural" in name}
+    for score, kl, left, cosine, length, name in found:
+        row = tried[name]
+        assert int(score) == round(row["score_20k_to_41k"])
+        assert float(kl) == pytest.approx(row["kl_moved"], rel=0.05)
+        assert float(left) == pytest.approx(row["residual"], rel=0.05)
+        for quoted, measured in ((cosine, "cosine_fisher"), (length, "norm_ratio")):
+            measured = [float(x) for x in str(row[measured]).split("; ")]
+            assert [float(x) for x in quoted.split(", ")] == pytest.approx(measured, abs=0.06)
+
+def test_the_learning_check_reads_logs_of_old_and_new_scripts(tmp_path):
+    check = loaded("learning_check")
+    for header in ("step,score", "step,score_last100", "step,last100_score_mean"):
+        (tmp_path / "log.csv").write_text(f"{header}\n100,3.5\n200,4\n")
+        assert check.columns(tmp_path / "log.csv", "step", "score") == [[100, 200], [3.5, 4]]
+    for rows, done in (("", False), ("100,4\n", False), ("100,4\n200,5\n", True)):
+        (tmp_path / "eval.csv").write_text("step,score_mean\n" + rows)
+        assert check.finished(tmp_path, 200) == done
+
+# the other measurements
+
+def test_gap_table_of_the_equations_page_is_the_committed_one():
+    """And on MDPs, where it is an exact sum, that of today's functions."""
+    page, tau = (ROOT / "EQUATIONS.md").read_text(), 0.01
+    for x in table(ROOT / "results" / "gap" / "gap.csv"):
+        mdps = [x[f"mdp{i}_sample"] for i in range(5)]
+        line = (f"| {x['tau']:.3f} | {min(mdps):.2g} to {max(mdps):.2g} | "
+                f"{x['krull_sample']:.2g} | {x['krull_batch80']:.2g} |")
+        assert line in page and x["mdp_expectation"] < 1e-15
+        if x["tau"] == tau:
+            import torch
+            torch.set_default_dtype(torch.float64)
+            try:
+                gap = loaded("gradient_gap")
+                assert [gap.on_mdp(tau, seed)[0] for seed in range(5)] == pytest.approx(mdps, 1e-5)
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+def test_throughput_tables_are_those_of_the_committed_measurements():
+    page, throughput = (ROOT / "benchmarks" / "README.md").read_text(), loaded("throughput")
+    rows = {path.stem: table(path) for path in (ROOT / "results" / "throughput").glob("*.csv")}
+    for name in ("a2c_cpu", "dqn_cpu"):
+        names = list(dict.fromkeys(row["contestant"] for row in rows[name]))
+        for line in throughput.table(rows[name], names):
+            assert line in page, line
+    for N in (8, 16, 32, 64, 128):
+        speeds = [throughput.spread([row["steps_per_s"] for row in rows["scaling_cpu"] if (
+            row["num_envs"], row["contestant"]) == (N, of)], ".0f")
+            for of in ("emulator", "a2c_proper")]
+        assert f"| {N} | {' | '.join(speeds)} |" in page
+
+@pytest.mark.parametrize("name, ours, peer", [("a2c_cpu", "a2c_proper", "sb3"),
+                                              ("dqn_cpu", "soft_dqn", "sb3_dqn")])
+def test_speeds_that_the_pages_quote_are_the_measured_ones(name, ours, peer):
+    rows = table(ROOT / "results" / "throughput" / f"{name}.csv")
+    speed = {of: [row["steps_per_s"] for row in rows if row["contestant"] == of]
+             for of in (ours, peer)}
+    ratios = [a / b for a, b in zip(speed[ours], speed[peer])]
+    expected = [round(statistics.median(speed[ours]))]
+    expected += [round(f(ratios), 2) for f in (statistics.median, min, max)]
+    assert numbers(rf"`{ours}.py` (?:makes |made )?(\d+)[^`]*?, ([\d.]+) times [^`]*?"
+                   r"\(([\d.]+) to ([\d.]+)") == expected
+
+def test_the_results_page_says_what_is_covered():
+    """Of each figure the sentence that its table of scores begins with, and every folder."""
+    page = text("results/README.md")
+    drawn = sorted((ROOT / "results" / "paper").glob("scores?.md"))
+    for path in drawn:
+        sentence = path.read_text().splitlines()[0]
+        assert sentence.startswith("Of the ") and sentence in page, path.name
+        assert f"(paper/figure{path.stem[-1]}.png)" in page and f"(paper/{path.name})" in page
+    assert drawn
+    for folder in (path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        assert f"({folder.name})" in page, folder.name

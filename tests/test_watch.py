@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from util import ROOT, checkpoint, tiny, trained
+
+from util import ROOT, checkpoint, trained
 
 sys.path.insert(0, str(ROOT / "paper"))
 import watch
 
 EPSILON, GAME = 0.3, 12  # agent steps until the time limit
 VARIANTS = {
-    "a2c_naive": dict(), "a2c_proper": dict(), "natural_pg_damped": dict(),
+    "a2c_naive": dict(), "natural_pg_damped": dict(),
     "soft_dqn": dict(), "soft_dqn hard": dict(backup="hard"), "soft_dqn kl": dict(backup="soft-kl"),
     "pgql_equiv": dict(update="pg"), "pgql_equiv q": dict(parameterization="q", regularizer="kl"),
 }
@@ -25,8 +26,9 @@ def script_of(name):
 
 def run_of(name, folder, **flags):
     """Trains a variant for a moment; returns the run's folder."""
-    script = script_of(name)
-    flags |= VARIANTS[name] | (dict(eval_epsilon=EPSILON) if script.__name__ == "soft_dqn" else {})
+    script, flags = script_of(name), flags | VARIANTS.get(name, {})
+    if script.__name__ == "soft_dqn":
+        flags["eval_epsilon"] = EPSILON
     return str(trained(script, folder, num_envs=1, total_timesteps=60, max_episode_frames=4 * GAME,
                        seed=5, **flags))
 
