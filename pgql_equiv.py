@@ -269,7 +269,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, obs):  # (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)
-        x = obs.flatten(end_dim=-4).to(self.V.weight.dtype, memory_format=torch.channels_last)
+        x = obs.flatten(end_dim=-4).contiguous(memory_format=torch.channels_last)
         h = self.trunk(x / 255).unflatten(0, obs.shape[:-3])  # (..., 512)
         return self.pi(h).log_softmax(-1), self.V(h).squeeze(-1)
 
@@ -359,7 +359,7 @@ class Run:
             vars(self).update(saved["counts"])
             for name, part in parts.items():
                 part.load_state_dict(part.state_dict() | saved[name])
-        self.began = time.monotonic() - self.wall
+        self.began, self.mark = time.monotonic() - self.wall, (self.step, time.monotonic())
         if args.evaluate:
             return
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -404,15 +404,15 @@ class Run:
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
             score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.done["log"]) / (time.monotonic() - self.began - self.wall)
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.wall = self.step, time.monotonic() - self.began
-        row = dict(step=self.step, wall_time=self.wall, **row)
+        self.done[what], self.mark = self.step, (self.step, time.monotonic())
+        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
             f.write(",".join(f"{x:.9g}" for x in row.values()) + "\n")

@@ -219,7 +219,7 @@ def train(args):
         if refill:
             envs.ended, refill = [], max(0, refill - N)
             if not refill:
-                run.wall = time.monotonic() - run.began  # so that sps is that of training
+                run.mark = run.step, time.monotonic()  # so that sps is that of training
                 s = memory.begin(envs.reset(run.seeds(b"games", N)))
             continue
         run.step += N
@@ -418,7 +418,7 @@ class Run:
             vars(self).update(saved["counts"])
             for name, part in parts.items():
                 part.load_state_dict(part.state_dict() | saved[name])
-        self.began = time.monotonic() - self.wall
+        self.began, self.mark = time.monotonic() - self.wall, (self.step, time.monotonic())
         if args.evaluate:
             return
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -463,15 +463,15 @@ class Run:
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
             score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.done["log"]) / (time.monotonic() - self.began - self.wall)
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.wall = self.step, time.monotonic() - self.began
-        row = dict(step=self.step, wall_time=self.wall, **row)
+        self.done[what], self.mark = self.step, (self.step, time.monotonic())
+        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
             f.write(",".join(f"{x:.9g}" for x in row.values()) + "\n")

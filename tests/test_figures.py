@@ -113,29 +113,23 @@ parser = argparse.ArgumentParser()
 for flag in ("env-id seed total-timesteps schedule-timesteps eval-every threads device runs-dir "
              "resume step-seconds eval-seconds").split():
     parser.add_argument("--" + flag, default="0")
-args = parser.parse_args()
-folder = pathlib.Path(args.resume if args.resume != "0" else args.runs_dir + "/run")
-folder.mkdir(parents=True, exist_ok=True)
-saved, total, stop = folder / "learner.pt", int(args.total_timesteps), []
+args, stop = parser.parse_args(), []
 def on_signal(n, _):  # as the scripts: a second one of a kind kills
     stop.append(128 + n)
     signal.signal(n, signal.SIG_DFL)
 for n in (signal.SIGINT, signal.SIGTERM):
     signal.signal(n, on_signal)
-logs = {"metrics.csv": "step,sps", "eval.csv": "step,score_mean"}
-at, *sizes = map(int, saved.read_text().split()) if saved.exists() else (0, 0, 0)
-for name, size in zip(logs, sizes):
-    (folder / name).touch()
-    os.truncate(folder / name, size)
-    if not size:
-        (folder / name).write_text(logs[name] + chr(10))
-def save():
-    new = folder / "new"
-    new.write_text(" ".join(map(str, (at, *((folder / name).stat().st_size for name in logs)))))
-    new.replace(saved)
-(folder / "args.json").write_text("{}")
+folder, total = pathlib.Path(args.runs_dir, "run"), int(args.total_timesteps)
+folder.mkdir(parents=True, exist_ok=args.resume != "0")
 with open(folder.parent / "pids", "a") as f:
     f.write(f"{os.getpid()}\\n")
+at = int((folder / "learner.pt").read_text()) if args.resume != "0" else 0
+(folder / "eval.csv").write_text("step,score_mean\\n")
+rows = [f"{k},500\\n" for k in range(100, at + 1, 100)]  # those after the checkpoint go
+(folder / "metrics.csv").write_text("".join(["step,sps\\n", *rows]))
+def save():
+    (folder / "new").write_text(str(at))
+    (folder / "new").replace(folder / "learner.pt")
 while at < total and not stop:
     time.sleep(float(args.step_seconds))
     at += 100
@@ -143,13 +137,10 @@ while at < total and not stop:
         f.write(f"{at},500\\n")
     if at % 200 == 0 and at < total:
         save()
-for _ in range(100 * (at >= total)):
-    time.sleep(float(args.eval_seconds) / 100)
-    if stop:
-        break
+for _ in range(100):
+    time.sleep(0 if stop else float(args.eval_seconds) / 100)
 if not stop:
-    with open(folder / "eval.csv", "a") as f:
-        f.write(f"{at},7.5\\n")
+    (folder / "eval.csv").write_text(f"step,score_mean\\n{at},7.5\\n")
 save()
 sys.exit(stop[0] if stop else 0)
 """
@@ -187,8 +178,8 @@ def pids(tmp_path):
             for pid in path.read_text().split()]
 
 def steps(tmp_path, seed=1, log="metrics.csv"):
-    return [int(row["step"]) for path in tmp_path.glob(f"runs/*/*/*/seed{seed}/run")
-            for row in rows(path, log) if (path / log).exists()]
+    return [int(row["step"]) for path in tmp_path.glob(f"runs/*/*/*/seed{seed}/run/{log}")
+            for row in rows(path.parent, log)]
 
 EVERY = list(range(100, 1001, 100))
 
@@ -228,7 +219,7 @@ def test_a_signal_to_the_runner_saves_the_runs(tmp_path, learner, number):
     assert runner.returncode == 128 + number and "left 2" in out.splitlines()[-1], out + err
     for seed in (1, 2):
         saved, = tmp_path.glob(f"runs/*/*/*/seed{seed}/run/learner.pt")
-        assert int(saved.read_text().split()[0]) == steps(tmp_path, seed)[-1] < 1000, "not saved"
+        assert int(saved.read_text()) == steps(tmp_path, seed)[-1] < 1000, "not saved"
 
 def test_a_folder_in_use_is_not_trained_in_twice(tmp_path, learner, monkeypatch, capsys):
     monkeypatch.setattr(figures, "ORPHAN_SECONDS", 0.1)
@@ -303,28 +294,27 @@ def test_a_lost_worker_of_a_ray_cluster_is_made_good(tmp_path, learner):
 
 def test_a_figure_from_the_command_line(tmp_path, monkeypatch):
     """Tiny; what two figures share, and what has finished, is run once; curves are the logs'."""
-    flags, folder = ["--frames", "800", "--horizon", "40M"], tmp_path / "results"
-    for figure, arms in (("1", ["A2C", "EntRL"]), ("4", ["EntRL"]), ("1", ["A2C", "EntRL"])):
-        assert called(monkeypatch, tmp_path, figure, *flags, "--arms", *arms) == 0
+    folder = tmp_path / "results"
+
+    def draw(figure, frames):
+        flags = "--frames", str(frames), "--horizon", "40M", "--arms", "EntRL"
+        assert called(monkeypatch, tmp_path, figure, *flags) == 0
         for name in ("figure{}.csv", "figure{}.png", "figure{}.svg", "scores{}.csv", "scores{}.md"):
-            assert (folder / name.format(figure)).stat().st_size > 100
-        scores = rows(folder, f"scores{figure}.csv")
-        commands = figures.GRIDS["figures"][figure]["arms"]
-        assert {row["arm"] for row in scores} == set(arms) and len(scores) == len(arms)
-        for row in scores:
-            place = folder / plots.arm_folder((*commands[row["arm"]], *TINY)) / "Breakout/40M/seed1"
-            last = rows(place, "eval.csv")[-1]
-            assert float(row["mean"]) == pytest.approx(float(last["score_mean"]), rel=1e-5)
-            assert int(row["frames"]) == 4 * int(last["step"]) == 800
-            assert json.loads((place / "args.json").read_text())["args"]["num_envs"] == 2
-    logs = sorted(tmp_path.glob("runs/*/*/*/*/log.txt"))
-    assert ["agent steps on" in log.read_text() for log in logs] == [True, True]
-    assert [log.read_text().count("agent steps on") for log in logs] == [1, 1], "run twice"
-    # a later call with more frames goes on
-    assert called(monkeypatch, tmp_path, "1", "--frames", "1200", *flags[2:], "--arms", "A2C") == 0
-    run, = tmp_path.glob("runs/a2c_naive*/*/*/*/*/")
+            assert (folder / name.format(figure)).stat().st_size > 90
+        score, = rows(folder, f"scores{figure}.csv")
+        place, = folder.glob("a2c_proper*/Breakout/40M/seed1")
+        last = rows(place, "eval.csv")[-1]
+        assert float(score["mean"]) == pytest.approx(float(last["score_mean"]), rel=1e-5)
+        assert int(score["frames"]) == 4 * int(last["step"]) == frames
+        assert json.loads((place / "args.json").read_text())["args"]["num_envs"] == 2
+        log, = tmp_path.glob("runs/*/*/*/*/log.txt")
+        return log.read_text().count("agent steps on")  # how often a run began
+
+    assert [draw("1", 800), draw("4", 800), draw("1", 800)] == [1, 1, 1]
+    assert draw("1", 1200) == 2, "a later call with more frames goes on"
+    run, = tmp_path.glob("runs/*/*/*/*/*/")
     assert [row["step"] for row in rows(run)] == ["100", "200", "300"]
-    assert (run / "args200.json").exists() and rows(run, "eval.csv")[-1]["step"] == "300"
+    assert (run / "args200.json").exists()
 
 # what is drawn
 

@@ -495,8 +495,10 @@ def test_without_it_a_resumed_run_plays_first_what_learning_needs(tmp_path, monk
     """learning_starts steps with the saved policy and epsilon, counted nowhere; then new games."""
     run = killed(soft_dqn, tmp_path, 310, save_every=200, log_every=10)
     assert checkpoint(soft_dqn, run)["counts"]["step"] == 200
-    calls, sampled = [], []
+    calls, sampled, noise = [], [], []
     epsilon_at, reset, sample = soft_dqn.epsilon_at, Atari.reset, Replay.sample
+    manual_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda x: (noise.append(int(x)), manual_seed(x))[1])
     monkeypatch.setattr(soft_dqn, "epsilon_at", lambda step, args: (
         calls.append(step), epsilon_at(step, args))[1])
     monkeypatch.setattr(Atari, "reset", lambda self, seeds: (
@@ -512,6 +514,7 @@ def test_without_it_a_resumed_run_plays_first_what_learning_needs(tmp_path, monk
              for purpose in (b"refill", b"games")]
     assert calls[0] == seeds[0].tolist() and calls[21] == seeds[1].tolist()
     assert calls[1:21] == [200] * 20, "40 steps of two environments"
+    assert len(noise) == len({*noise}) > 20, "the same noise in no two steps"
     assert sampled[0] == (1 + 20 + 1 + 1, [0, 21]), "a step of training, two starts of games"
     after = [row for row in rows(run) if int(row["step"]) > 200]
     assert [row["step"] for row in after] == [str(step) for step in range(210, 411, 10)]

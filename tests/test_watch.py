@@ -16,9 +16,9 @@ import watch
 
 EPSILON, GAME = 0.3, 12  # agent steps until the time limit
 VARIANTS = {
-    "a2c_naive": dict(), "natural_pg_damped": dict(),
-    "soft_dqn": dict(), "soft_dqn hard": dict(backup="hard"), "soft_dqn kl": dict(backup="soft-kl"),
-    "pgql_equiv": dict(update="pg"), "pgql_equiv q": dict(parameterization="q", regularizer="kl"),
+    "a2c_naive": dict(), "natural_pg_damped": dict(), "soft_dqn hard": dict(backup="hard"),
+    "soft_dqn kl": dict(backup="soft-kl"),
+    "pgql_equiv q": dict(parameterization="q", regularizer="kl"),
 }
 
 def script_of(name):
@@ -166,10 +166,9 @@ def test_a_screen_that_leaves_the_game_is_an_error(folder, monkeypatch, how, ste
     assert len(seen) == steps
 
 def test_films_end_after_games_or_seconds_and_seeds_differ(folder):
-    def played(seed, *limits):
-        return list(watch.moments(watch.read_agent(folder, seed), *limits))
-
-    two, cut, other = played(1, 999, 2), played(1, GAME + 5, 9), played(2, 3, 1)
+    agent = watch.read_agent(folder, 1)
+    two, cut = (list(watch.moments(agent, *limits)) for limits in ((999, 2), (GAME + 5, 9)))
+    other = list(watch.moments(watch.read_agent(folder, 2), 3, 1))
     assert [(m.game, m.length) for m in two] == [(g, t + 1) for g in (1, 2) for t in range(GAME)]
     assert [m.over for m in two] == 2 * ([False] * (GAME - 1) + [True]) and not cut[-1].over
     assert [(m.game, m.length) for m in cut] == [(m.game, m.length) for m in two[:GAME + 5]]
