@@ -428,7 +428,7 @@ class Run:
                 f.truncate(size)
         about = dict(args=vars(args), command=sys.argv, time=time.ctime(), python=sys.version,
                      commit=sh(f'git -C "{SCRIPT.parent}" describe --always --dirty'),
-                     hardware=sh("nproc; grep -m1 'model name' /proc/cpuinfo; nvidia-smi -L 2>&-"),
+                     hardware=sh("nproc --all; grep -m1 name /proc/cpuinfo; nvidia-smi -L 2>&-"),
                      **{m.__name__: m.__version__ for m in (torch, np, gym, ale_py)})
         (self.folder / f"args{self.step or ''}.json").write_text(json.dumps(about, indent=1))
         (self.folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())

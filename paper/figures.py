@@ -174,7 +174,9 @@ def start(cell, threads, device):
     is told to save and end (on Linux), and whoever takes over waits for that.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
-    linux = dict(preexec_fn=end_with_parent) if sys.platform == "linux" else {}
+    linux = {}
+    if sys.platform == "linux":  # SIGTERM when the parent is gone: PR_SET_PDEATHSIG
+        linux = dict(preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
     until = time.monotonic() + ORPHAN_SECONDS
     with open(cell.folder / "log.txt", "ab") as log:
         while fcntl:
@@ -188,10 +190,6 @@ def start(cell, threads, device):
         return subprocess.Popen([sys.executable, *command_of(cell, threads, device)], cwd=ROOT,
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                 start_new_session=True, **linux)
-
-def end_with_parent():
-    """In a child: SIGTERM when the parent is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 def outcome(cell, process):
     """Waits for a run: "done", "cut off", or "failed: " and the last line of its log."""

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs in two processes: p
 import pytest
 import torch
 
+from util import Game
+
 A2C = ("a2c_naive", "a2c_proper")
 SCRIPTS = (*A2C, "soft_dqn", "pgql_equiv", "natural_pg_damped")
 
@@ -38,6 +40,12 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Every script plays util.Game."""
+    for name in SCRIPTS:
+        monkeypatch.setattr(importlib.import_module(name), "Atari", Game)
 
 @pytest.fixture
 def command(monkeypatch, capsys):

@@ -27,7 +27,7 @@ SKIP = ("real", "game", "resum", "memory", "replay", "train", "killed", "signal"
         "passes", "target_kl", "measuring", "time_limits", "command", "flags", "evaluat", "refill")
 SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "**": "*", ">": "<", "<": ">", ">=": "<",
          "0": "1", "1": "2", "0.0": "1.0", "0.5": "1.5", "2": "3", "min": "max", "max": "min",
-         "maximum": "minimum", "mean": "sum", "sum": "mean"}
+         "maximum": "minimum", "mean": "sum", "sum": "mean", "no_grad": "enable_grad"}
 DROPPED = {"tau": "1.0", "gamma": "1.0", "eps": "1.0", "c": "1.0", "done": "(0 * done)"}
 
 def mutants(source):

@@ -49,7 +49,7 @@ def overwriting(monkeypatch):
         yield fake
     torch._dynamo.reset()
 
-def test_a_compiled_run_equals_the_plain_one(four, tmp_path, overwriting):
+def test_a_compiled_run_equals_the_plain_one(four, tmp_path, overwriting, quick):
     """To rounding, over cut games, evaluations and saves, with two functions compiled once each."""
     flags = dict(MORE.get(four.__name__, {}), total_timesteps=100, log_every=20, eval_every=50,
                  eval_games=1, save_every=60, max_episode_frames=60)

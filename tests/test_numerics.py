@@ -481,7 +481,7 @@ ARMS = {"soft_dqn": [dict(exploration="boltzmann", n_step=3, learning_starts=20)
                               dict(target_kl=0.1, regularizer="kl", measure_every=1)]}
 
 @each("extreme", [0, 1], ids=["tau 1e-4, gamma 0", "tau 10, gamma 1"])
-def test_extreme_flags_train_with_finite_numbers(four, extreme, tmp_path):
+def test_extreme_flags_train_with_finite_numbers(four, extreme, tmp_path, quick):
     """Over two saves: they refuse parameters after an update that was not finite."""
     flags = [dict(tau=1e-4, gamma=0.0), dict(tau=10.0, gamma=1.0)][extreme]
     flags |= ARMS.get(four.__name__, [{}, dict(regularizer="kl")])[extreme]

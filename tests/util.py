@@ -2,6 +2,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,11 @@ def trained(script, folder, **flags):
     run, = Path(folder).iterdir()
     return run
 
+def words(flags):
+    """Flags as on the command line."""
+    return [word for name, x in flags.items() for word in (f"--{name.replace('_', '-')}", str(x))
+            if word != "True"]
+
 def rows(folder, name="metrics.csv"):
     """The rows of a log as text, without the columns of time."""
     with open(Path(folder) / name, newline="") as f:
@@ -44,3 +50,36 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+class Game:
+    """In place of Atari, which takes most of a second to start: noise, with rewards that depend on
+    action and picture. Lives are lost and games end as there.
+    """
+    def __init__(self, args, num_envs):
+        self.n_actions, self.N, self.limit = 4, num_envs, args.max_episode_frames // 4
+
+    def pictures(self, n):
+        return self.random.integers(0, 256, (self.N, n, 84, 84), dtype=np.uint8)
+
+    def reset(self, seeds):
+        self.random, self.ended = np.random.default_rng(seeds), []
+        self.score, self.length = np.zeros((2, self.N))
+        self.obs = self.pictures(4)
+        return torch.from_numpy(self.obs)
+
+    def send(self, actions):
+        self.paid = actions.numpy() == self.obs[:, 3, 0, 0] % 4
+
+    def recv(self):
+        last = np.concatenate([self.obs[:, 1:], self.pictures(1)], 1)
+        self.score, self.length = self.score + 2 * self.paid, self.length + 1
+        chance = self.random.random(self.N)
+        truncated = (self.length >= self.limit) & (chance > 0.05)
+        over = truncated | (chance < 0.02)
+        self.ended += [(i, float(self.score[i]), float(self.length[i]))
+                       for i in over.nonzero()[0]]
+        self.obs = np.where(over[:, None, None, None], self.pictures(4), last)
+        self.score, self.length = self.score * ~over, self.length * ~over
+        cut = torch.from_numpy(last[truncated]) if truncated.any() else None
+        arrays = self.obs, 2.0 * self.paid.astype(np.float32), chance < 0.05, truncated
+        return *map(torch.from_numpy, arrays), cut
