@@ -4,7 +4,7 @@
            arXiv:1704.06440, section 6.1, the arm "A2C" of Figure 1. Equations 48, 53, 79, 84-86
            and 54 without its KL; 54 and 79 are misprinted in the text and stand here corrected.
   Train:   python a2c_naive.py --env-id ALE/Pong-v5 --total-timesteps 10000000
-  Expect:  17 to 20 then, as published for A2C; README.md has what was measured with this file.
+  Expect:  a Pong score of 17 to 20, as published for A2C; README.md has what was measured here.
   Resume:  python a2c_naive.py --resume runs/Pong__a2c_naive__seed1__20260101-120000
   Shapes:  T steps of N environments, A actions. s_t is a stack of 4 frames, 84 x 84, uint8.
   Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
@@ -44,18 +44,18 @@ def n_step_returns(r, done, V_n, gamma):
 def losses(log_pi, V, a, r, done, V_n, log_pi_bar, tau, gamma, c):
     """L of Eq. 86, to minimize, and its terms by name, from a rollout of the current policy.
 
-    log_pi (T, N, A) and V (T, N) of s_t; a (T, N) int64; r (T, N) clipped; done (T, N), 1 where
-    nothing follows, else 0; V_n (N,) of s_{t+n}. log_pi_bar (A,) or (): 0 pays the entropy of pi,
-    -log A charges its KL from uniform. Here the two differ by a constant in L_policy, so their
-    gradients are equal: Eq. 79 keeps the KL out of the returns.
+    log_pi (T, N, A) and V (T, N) of s_t; a (T, N) int64; r (T, N) clipped, plus gamma V(last) where
+    the time limit cut; done (T, N), 1 at end or cut, else 0; V_n (N,) of s_{t+n}. log_pi_bar (A,)
+    or (): 0 pays the entropy of pi, -log A charges its KL from uniform. Here the two differ by a
+    constant in L_policy, so their gradients are equal: Eq. 79 keeps the KL out of the returns.
     """
     log_pi_a = log_pi.gather(-1, a.unsqueeze(-1)).squeeze(-1)  # (T, N) log pi(a_t | s_t)
     KL = kl_divergence(log_pi, log_pi_bar)  # (T, N) KL_t
     with torch.no_grad():  # returns and advantages are held fixed
         V_hat = n_step_returns(r, done, V_n, gamma)  # Eq. 54 without KL
         Delta = V_hat - V  # the bracket of Eq. 79, with gamma^n V(s_{t+n}) in it
-    L_policy = (-log_pi_a * Delta + tau * KL).mean()  # Eq. 84
-    L_value = 0.5 * (V - V_hat).square().mean()  # Eq. 85
+    L_policy = (-log_pi_a * Delta + tau * KL).mean()  # Eq. 84; minus its gradient is Eq. 48, 79
+    L_value = 0.5 * (V - V_hat).square().mean()  # Eq. 53, 85
     L = L_policy + c * L_value  # Eq. 86
     entropy = -kl_divergence(log_pi, 0.0).mean()
     return L, dict(loss=L, policy_loss=L_policy, value_loss=L_value, entropy=entropy, V=V.mean(),
@@ -79,7 +79,7 @@ class Args:
     learning_rate: float = 7e-4  # RMSProp step size at the start, decays linearly
     vf_coef: float = 0.5  # c, weight of the value loss, which is half the squared error
     max_grad_norm: float = 0.5  # largest norm of the gradient, all parameters together
-    save_every: int = 500_000  # agent steps between checkpoints, which restart the games; 0: none
+    save_every: int = 500_000  # agent steps between checkpoints, each with new games; 0: at the end
     # === shared: run flags ===
     seed: int = 1  # network, sampling noise and environments derive from it
     sticky: float = 0.0  # probability that the emulator repeats the last action
@@ -87,7 +87,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
     compile: bool = False  # torch.compile for acting and loss, on a GPU with CUDA graphs
-    log_every: int = 10_000  # agent steps between rows of metrics.csv
+    log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
     resume: str = ""  # folder of a run to go on from, with the flags that it was started with
@@ -109,7 +109,7 @@ class Args:
 def train(args):
     """Trains for args.total_timesteps agent steps, or with args.evaluate only plays.
 
-    Raises FloatingPointError if losses, gradients or parameters are not finite.
+    Raises FloatingPointError, at a row or a save, if losses or parameters are not finite.
     """
     torch.manual_seed(args.seed)
     device, T, N = torch.device(args.device), args.num_steps, args.num_envs
@@ -117,7 +117,7 @@ def train(args):
     A = envs.n_actions
     net = ActorCritic(A).to(device, memory_format=torch.channels_last)
     optimizer = RMSpropTF(net.parameters(), args.learning_rate)
-    log_pi_bar = {"entropy": 0.0, "kl": -math.log(A)}[args.regularizer]  # decides the convention
+    log_pi_bar = {"entropy": 0.0, "kl": -math.log(A)}[args.regularizer]  # pays entropy or costs KL
 
     @torch.no_grad()
     def act(obs, noise):  # (N, 4, 84, 84), (N, A) -> (N,)
@@ -131,9 +131,9 @@ def train(args):
 
     mode = "reduce-overhead" if device.type == "cuda" else "default"  # the former: CUDA graphs
     run_act, run_loss = (torch.compile(f, fullgraph=True, mode=mode) if args.compile else f
-                         for f in (act, loss))  # an evaluation, of another batch, keeps act
+                         for f in (act, loss))  # evaluations, of another batch size, stay plain
     run = Run(args, net=net, optimizer=optimizer)
-    run.evaluate(act)  # with --evaluate, or where a signal had left it
+    run.evaluate(act)  # with --evaluate, or if a signal interrupted the one that is due here
     s = envs.reset(run.seeds(b"games", N))
     while run.step < args.total_timesteps and not STOP and not args.evaluate:
         # rollout: T steps with the current policy
@@ -144,7 +144,7 @@ def train(args):
             envs.send(a)
             s, r, terminated, truncated, last = envs.recv()
             r = r.sign()  # (N,)
-            if last is not None:  # the time limit cut games: s is of new ones, V is paid now
+            if last is not None:  # time limit: s is already a new game's, so add gamma V(last)
                 r[truncated] += args.gamma * net(last)[1].detach()
             steps.append((obs, a, r, (terminated | truncated).float()))
         obs, a, r, done = map(torch.stack, zip(*steps))  # (T, N, 4, 84, 84), then (T, N)
@@ -160,9 +160,9 @@ def train(args):
         run.step += T * N
 
         # log, evaluate, save, each when it is due
-        run.log(envs, dict(terms, grad_norm=norm), learning_rate=lr)  # terms: means over updates
+        run.log(envs, dict(terms, grad_norm=norm), learning_rate=lr)  # terms: means since the row
         run.evaluate(act)
-        if run.save():  # new games, so that a resumed run equals an unbroken one
+        if run.save():  # new games, as in a run resumed from here: the two are equal
             s = envs.reset(run.seeds(b"games", N))
 
 # === shared: network and optimizer ===
@@ -187,7 +187,7 @@ class RMSpropTF(torch.optim.Optimizer):
     """RMSProp as TensorFlow 1 computed it: mean square from one, epsilon inside the root."""
     def __init__(self, params, lr, decay=0.99, eps=1e-5):
         super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
-        for p in self.param_groups[0]["params"]:  # torch's starts at 0: steps 1000 times larger
+        for p in self.param_groups[0]["params"]:  # torch's starts at 0: its first steps are huge
             self.state[p]["mean_square"] = torch.ones_like(p)
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class RMSpropTF(torch.optim.Optimizer):
 # === end shared ===
 
 # === shared: environment and run ===
-AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"
+AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"  # flags of some script
 FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
         "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
 STOP = []  # signals that asked the run to save and end
@@ -243,7 +243,7 @@ class Atari:
         return [x if x is None else torch.from_numpy(x).to(self.device) for x in arrays]
 
 class Run:
-    """A run in its folder. step is in agent steps, parts are the networks, optimizers, ..."""
+    """A run in its folder. step is in agent steps; parts are the networks, optimizers, ..."""
     def __init__(self, args, **parts):
         self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
@@ -260,7 +260,7 @@ class Run:
         if args.evaluate:
             return
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        for log, size in self.sizes.items():  # rows that came after the checkpoint go
+        for log, size in self.sizes.items():  # rows after the checkpoint are cut
             with open(self.folder / log, "ab") as f:
                 assert f.tell() >= size, f"{f.name} has lost rows"
                 f.truncate(size)
@@ -279,7 +279,7 @@ class Run:
               f'{args.schedule_timesteps:,}; after a stop: --resume "{self.folder}"')
 
     def seeds(self, purpose, n=1):
-        """(n,) seeds for this step and a purpose; seed + k would be other runs' seeds, too."""
+        """(n,) seeds of 31 bits for this step and a purpose; seed + k would be other runs', too."""
         return np.random.SeedSequence([self.args.seed, self.step, *purpose]).generate_state(n) >> 1
 
     def due(self, what):
@@ -301,14 +301,14 @@ class Run:
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
             score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # since mark
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.mark = self.step, (self.step, time.monotonic())
+        self.done[what], self.mark = self.step, (self.step, time.monotonic())  # last row
         row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
@@ -317,7 +317,7 @@ class Run:
             self.board.add_scalar(f"{log[:-4]}/{name}", x, self.step)
 
     def evaluate(self, act):
-        """If due, plays a full game in each of --eval-games environments: a row of eval.csv."""
+        """If due, plays one full game in each of --eval-games environments; logs raw scores."""
         n, games = self.args.eval_games, {}
         if not n or not (self.args.evaluate or self.due("eval")):
             return
@@ -337,7 +337,7 @@ class Run:
         print(f"step {self.step:,}: score {score.mean():.1f} +- {score.std():.1f} in {n} games")
 
     def save(self):
-        """Writes the checkpoint if due or on a signal. Returns whether games are to start anew."""
+        """Writes the checkpoint if due or on a signal. Returns whether to start new games."""
         if not self.due("save") and not STOP:
             return False
         self.done["save"], self.wall = self.step, time.monotonic() - self.began
@@ -353,9 +353,9 @@ class Run:
         return self.step < self.args.total_timesteps and not STOP
 
 def main(Args, train):
-    """The command line; with --resume and --evaluate, flags that are not given are the run's."""
+    """The command line; with --resume and --evaluate, flags not given keep the run's values."""
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; a second one kills
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: ignored; a second signal kills
             signal.signal(number, lambda n, _: (STOP.append(n), signal.signal(n, signal.SIG_DFL)))
     args = tyro.cli(Args, description=__doc__)
     try:

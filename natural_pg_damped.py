@@ -155,10 +155,10 @@ def sample(log_pi, noise):
 class Args:
     env_id: str = "ALE/Pong-v5"  # game, ALE/<Game>-v5
     total_timesteps: int = 80_000_000  # agent steps over all environments, 4 frames each
-    schedule_timesteps: int = 0  # agent steps until eps and step sizes are 0; 0: total-timesteps
+    schedule_timesteps: int = 0  # agent steps until --eps, step sizes are 0; 0: total-timesteps
     solver: Literal["regression", "cg"] = "regression"  # passes of Adam, or one Gauss-Newton step
     eps: float = 1e-3  # damping of the Q target at the start, 0 to 1; decays linearly
-    target_kl: float = 0.0  # KL in nats of a natural gradient step, sets eps, at most 1; 0: --eps
+    target_kl: float = 0.0  # KL of a natural gradient step, nats; sets eps <= 1; 0: --eps is used
     tau: float = 0.01  # temperature of the regularizer, in units of clipped reward
     regularizer: Literal["entropy", "kl"] = "entropy"  # log pi_bar = 0, or -log|A| (uniform)
     gamma: float = 0.99  # discount per agent step
@@ -173,8 +173,8 @@ class Args:
     max_grad_norm: float = 0.5  # largest norm of a minibatch's gradient, policy or value
     damping: float = 0.1  # lambda, added to F_hat; in units of psi^2
     cg_iterations: int = 10  # of conjugate gradients, one Fisher-vector product each
-    measure_every: int = 40  # batches between measurements of a step, 0: none; rows have means
-    save_every: int = 500_000  # agent steps between checkpoints, which restart the games; 0: none
+    measure_every: int = 40  # rollouts between comparisons of the step with eps / tau x; 0: none
+    save_every: int = 500_000  # agent steps between checkpoints, each with new games; 0: at the end
     # === shared: run flags ===
     seed: int = 1  # network, sampling noise and environments derive from it
     sticky: float = 0.0  # probability that the emulator repeats the last action
@@ -182,7 +182,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
     compile: bool = False  # torch.compile for acting and loss, on a GPU with CUDA graphs
-    log_every: int = 10_000  # agent steps between rows of metrics.csv
+    log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
     resume: str = ""  # folder of a run to go on from, with the flags that it was started with
@@ -239,7 +239,7 @@ def train(args):
         torch.compile(f, fullgraph=True, mode=mode) if args.compile else f
         for f in (choose, policy_loss))  # an evaluation, of another batch, keeps act
     run = Run(args, pi=pi, V=V, adam_pi=adam_pi, adam_V=adam_V)
-    run.evaluate(act)  # with --evaluate, or where a signal had left it
+    run.evaluate(act)  # with --evaluate, or if a signal interrupted the one that is due here
     s = envs.reset(run.seeds(b"games", N))
     while run.step < args.total_timesteps and not STOP and not args.evaluate:
         # rollout: T steps with pi_old
@@ -250,7 +250,7 @@ def train(args):
             envs.send(a)
             s, r, terminated, truncated, last = envs.recv()
             r = r.sign()  # (N,)
-            if last is not None:  # the time limit cut games: s is of new ones, V is paid now
+            if last is not None:  # time limit: s is already a new game's, so add gamma V(last)
                 r[truncated] += args.gamma * V(last).detach()
             steps.append((obs, a, log_pi, r, (terminated | truncated).float()))
         obs, a, log_pi_old, r, done = map(torch.stack, zip(*steps))  # (T, N, ...)
@@ -268,19 +268,19 @@ def train(args):
             x.flatten(0, 1) for x in (obs, a, log_pi_old, log_ratio_old, V_hat, A_t))  # (B, ...)
 
         # natural gradient, where one is wanted, and eps
-        left = max(0.0, 1 - run.step / args.schedule_timesteps)
+        left = max(0.0, 1 - run.step / args.schedule_timesteps)  # share of the schedule
         measured = args.measure_every and (run.step // B + 1) % args.measure_every == 0
         solved = args.solver == "cg" or args.target_kl or measured
         if solved:
-            x, times, residual, seconds = solve(pi, obs, a, A_t, args)
+            x, times, cg_residual, seconds = solve(pi, obs, a, A_t, args)
             Jx = times(x)  # (B, A)
             xFx = all_action_fisher(log_pi_old, Jx, Jx)
         if args.target_kl:
-            eps = eps_for_kl(args.target_kl, tau, xFx)  # that holds the KL, so it does not decay
+            eps = eps_for_kl(args.target_kl, tau, xFx)  # no decay: it holds kl_natural constant
         else:
             eps = torch.tensor(args.eps * left, device=device)
 
-        # policy step: fit Q = V_old + tau log(pi / pi_bar) to the damped target
+        # policy step: fit log pi to its target, the same fit as Q to Q_eps: damped_q_loss
         theta_old, lr = flat(pi), args.learning_rate * left
         target = log_pi_target(at(log_pi_old, a), A_t, eps, tau)  # (B,)
         if args.solver == "cg":
@@ -303,13 +303,13 @@ def train(args):
             for log_pi in (log_pi_old, log_pi_new))
         moved = mean_kl(log_pi_old, log_pi_new)
         groups = [dict(  # a row has the means of each group
-            policy_loss=L_policy, value_loss=L_value,  # on average over minibatches
+            policy_loss=L_policy, value_loss=L_value,  # mean over minibatches; cg: before the step
             entropy=-kl_divergence(log_pi_old, 0.0).mean(), V=V_old[:T].mean(), V_hat=V_hat.mean(),
-            q_loss=Q_after, residual=ratio(Q_after, Q_before),  # the share that is left of it
+            q_loss=Q_after, residual=ratio(Q_after, Q_before),  # after / before; 0 if eps is 0
             eps=eps, kl_moved=moved)]  # KL[pi_old || pi_new] of the policy step, nats
         if solved:
             groups += [dict(
-                cg_residual=residual, cg_seconds=eps.new_tensor(seconds),  # of one solution
+                cg_residual=cg_residual, cg_seconds=eps.new_tensor(seconds),  # of one solution
                 kl_natural=quadratic_kl(eps, tau, xFx))]  # of the step eps / tau x, taken or not
         if measured:  # the step that was taken, d, against eps / tau x
             d = flat(pi) - theta_old
@@ -322,7 +322,7 @@ def train(args):
                 kl_measured=moved, kl_quadratic=0.5 * dFd)]  # of d, the latter to second order
         run.log(envs, *groups, learning_rate=lr, **dict.fromkeys(MEASURED, math.nan))
         run.evaluate(act)
-        if run.save():  # new games, so that a resumed run equals an unbroken one
+        if run.save():  # new games, as in a run resumed from here: the two are equal
             s = envs.reset(run.seeds(b"games", N))
 
 def fit(loss, adam, data, passes, args):
@@ -397,7 +397,7 @@ class Network(nn.Module):
         return y.squeeze(-1) if y.shape[-1] == 1 else y.log_softmax(-1)
 
 # === shared: environment and run ===
-AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"
+AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"  # flags of some script
 FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
         "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
 STOP = []  # signals that asked the run to save and end
@@ -441,7 +441,7 @@ class Atari:
         return [x if x is None else torch.from_numpy(x).to(self.device) for x in arrays]
 
 class Run:
-    """A run in its folder. step is in agent steps, parts are the networks, optimizers, ..."""
+    """A run in its folder. step is in agent steps; parts are the networks, optimizers, ..."""
     def __init__(self, args, **parts):
         self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
@@ -458,7 +458,7 @@ class Run:
         if args.evaluate:
             return
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        for log, size in self.sizes.items():  # rows that came after the checkpoint go
+        for log, size in self.sizes.items():  # rows after the checkpoint are cut
             with open(self.folder / log, "ab") as f:
                 assert f.tell() >= size, f"{f.name} has lost rows"
                 f.truncate(size)
@@ -477,7 +477,7 @@ class Run:
               f'{args.schedule_timesteps:,}; after a stop: --resume "{self.folder}"')
 
     def seeds(self, purpose, n=1):
-        """(n,) seeds for this step and a purpose; seed + k would be other runs' seeds, too."""
+        """(n,) seeds of 31 bits for this step and a purpose; seed + k would be other runs', too."""
         return np.random.SeedSequence([self.args.seed, self.step, *purpose]).generate_state(n) >> 1
 
     def due(self, what):
@@ -499,14 +499,14 @@ class Run:
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
             score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # since mark
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.mark = self.step, (self.step, time.monotonic())
+        self.done[what], self.mark = self.step, (self.step, time.monotonic())  # last row
         row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
@@ -515,7 +515,7 @@ class Run:
             self.board.add_scalar(f"{log[:-4]}/{name}", x, self.step)
 
     def evaluate(self, act):
-        """If due, plays a full game in each of --eval-games environments: a row of eval.csv."""
+        """If due, plays one full game in each of --eval-games environments; logs raw scores."""
         n, games = self.args.eval_games, {}
         if not n or not (self.args.evaluate or self.due("eval")):
             return
@@ -535,7 +535,7 @@ class Run:
         print(f"step {self.step:,}: score {score.mean():.1f} +- {score.std():.1f} in {n} games")
 
     def save(self):
-        """Writes the checkpoint if due or on a signal. Returns whether games are to start anew."""
+        """Writes the checkpoint if due or on a signal. Returns whether to start new games."""
         if not self.due("save") and not STOP:
             return False
         self.done["save"], self.wall = self.step, time.monotonic() - self.began
@@ -551,9 +551,9 @@ class Run:
         return self.step < self.args.total_timesteps and not STOP
 
 def main(Args, train):
-    """The command line; with --resume and --evaluate, flags that are not given are the run's."""
+    """The command line; with --resume and --evaluate, flags not given keep the run's values."""
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; a second one kills
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: ignored; a second signal kills
             signal.signal(number, lambda n, _: (STOP.append(n), signal.signal(n, signal.SIG_DFL)))
     args = tyro.cli(Args, description=__doc__)
     try:

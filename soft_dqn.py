@@ -101,7 +101,7 @@ class Args:
     total_timesteps: int = 10_000_000  # agent steps over all environments, 4 frames each
     schedule_timesteps: int = 0  # agent steps until epsilon is 0.01; 0: total-timesteps
     backup: Literal["hard", "soft-entropy", "soft-kl"] = "soft-entropy"  # Eq. 81, 83 or 82
-    tau: float = 0.1  # temperature of the soft backup, in units of clipped reward
+    tau: float = 0.1  # temperature of soft backup and boltzmann, in units of clipped reward
     n_step: int = 1  # rewards before the bootstrap (n); above 1 biased off-policy
     exploration: Literal["epsilon-greedy", "boltzmann"] = "epsilon-greedy"  # how training acts
     eval_epsilon: float = 0.01  # epsilon of evaluations
@@ -115,8 +115,8 @@ class Args:
     learning_rate: float = 1e-4  # Adam step size
     loss: Literal["huber", "square"] = "huber"  # square is Eq. 44
     max_grad_norm: float = 10.0  # largest norm of the gradient of each weight and bias by itself
-    save_replay: bool = False  # save the memory, too; else a resumed run plays to refill it
-    save_every: int = 250_000  # agent steps between checkpoints, which restart the games; 0: none
+    save_replay: bool = False  # save the memory, too; else resuming first plays learning-starts
+    save_every: int = 250_000  # agent steps between checkpoints, each with new games; 0: at the end
     # === shared: run flags ===
     seed: int = 1  # network, sampling noise and environments derive from it
     sticky: float = 0.0  # probability that the emulator repeats the last action
@@ -124,7 +124,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     threads: int = 0  # CPU threads of PyTorch and of the emulator; 0: their own choice
     compile: bool = False  # torch.compile for acting and loss, on a GPU with CUDA graphs
-    log_every: int = 10_000  # agent steps between rows of metrics.csv
+    log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
     resume: str = ""  # folder of a run to go on from, with the flags that it was started with
@@ -193,7 +193,7 @@ def train(args):
           + f", refilled with {refill:,} steps, which do not count" * (refill > 0))
     if args.learning_starts >= args.total_timesteps:
         print(f"warning: nothing is learned in {args.total_timesteps:,} steps")
-    run.evaluate(act)  # where a signal had left it
+    run.evaluate(act)  # if a signal interrupted the one that is due here
     s = memory.begin(envs.reset(run.seeds(b"refill" if refill else b"games", N)))
     while run.step < args.total_timesteps and not STOP:
         # act: the emulator works while the network learns from what it gave before
@@ -231,7 +231,7 @@ def train(args):
         run.log(envs, *terms, **dict.fromkeys(TERMS, math.nan), epsilon=epsilon_at(run.step, args),
                 updates=updates, replay_fill=min(1, memory.t / memory.C))
         run.evaluate(act)
-        if run.save():  # new games, so that a resumed run equals an unbroken one
+        if run.save():  # new games, as on --resume: equal to an unbroken run with --save-replay
             s = memory.begin(envs.reset(run.seeds(b"games", N)))
 
 def check(args):
@@ -361,7 +361,7 @@ def clip_each_(params, max_norm):
     return torch.stack(norms).norm()
 
 # === shared: environment and run ===
-AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"
+AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"  # flags of some script
 FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
         "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
 STOP = []  # signals that asked the run to save and end
@@ -405,7 +405,7 @@ class Atari:
         return [x if x is None else torch.from_numpy(x).to(self.device) for x in arrays]
 
 class Run:
-    """A run in its folder. step is in agent steps, parts are the networks, optimizers, ..."""
+    """A run in its folder. step is in agent steps; parts are the networks, optimizers, ..."""
     def __init__(self, args, **parts):
         self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
@@ -422,7 +422,7 @@ class Run:
         if args.evaluate:
             return
         self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        for log, size in self.sizes.items():  # rows that came after the checkpoint go
+        for log, size in self.sizes.items():  # rows after the checkpoint are cut
             with open(self.folder / log, "ab") as f:
                 assert f.tell() >= size, f"{f.name} has lost rows"
                 f.truncate(size)
@@ -441,7 +441,7 @@ class Run:
               f'{args.schedule_timesteps:,}; after a stop: --resume "{self.folder}"')
 
     def seeds(self, purpose, n=1):
-        """(n,) seeds for this step and a purpose; seed + k would be other runs' seeds, too."""
+        """(n,) seeds of 31 bits for this step and a purpose; seed + k would be other runs', too."""
         return np.random.SeedSequence([self.args.seed, self.step, *purpose]).generate_state(n) >> 1
 
     def due(self, what):
@@ -463,14 +463,14 @@ class Run:
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
             score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # since mark
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.mark = self.step, (self.step, time.monotonic())
+        self.done[what], self.mark = self.step, (self.step, time.monotonic())  # last row
         row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
@@ -479,7 +479,7 @@ class Run:
             self.board.add_scalar(f"{log[:-4]}/{name}", x, self.step)
 
     def evaluate(self, act):
-        """If due, plays a full game in each of --eval-games environments: a row of eval.csv."""
+        """If due, plays one full game in each of --eval-games environments; logs raw scores."""
         n, games = self.args.eval_games, {}
         if not n or not (self.args.evaluate or self.due("eval")):
             return
@@ -499,7 +499,7 @@ class Run:
         print(f"step {self.step:,}: score {score.mean():.1f} +- {score.std():.1f} in {n} games")
 
     def save(self):
-        """Writes the checkpoint if due or on a signal. Returns whether games are to start anew."""
+        """Writes the checkpoint if due or on a signal. Returns whether to start new games."""
         if not self.due("save") and not STOP:
             return False
         self.done["save"], self.wall = self.step, time.monotonic() - self.began
@@ -515,9 +515,9 @@ class Run:
         return self.step < self.args.total_timesteps and not STOP
 
 def main(Args, train):
-    """The command line; with --resume and --evaluate, flags that are not given are the run's."""
+    """The command line; with --resume and --evaluate, flags not given keep the run's values."""
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; a second one kills
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: ignored; a second signal kills
             signal.signal(number, lambda n, _: (STOP.append(n), signal.signal(n, signal.SIG_DFL)))
     args = tyro.cli(Args, description=__doc__)
     try:
