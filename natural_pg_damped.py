@@ -393,7 +393,7 @@ class Network(nn.Module):
 
     def forward(self, obs):  # (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), or V(s) (...)
         x = obs.flatten(end_dim=-4).contiguous(memory_format=torch.channels_last)
-        y = self.head(self.trunk(x / 255)).unflatten(0, obs.shape[:-3])  # (..., n)
+        y = self.head(self.trunk(x.float().div_(255))).unflatten(0, obs.shape[:-3])  # (..., n)
         return y.squeeze(-1) if y.shape[-1] == 1 else y.log_softmax(-1)
 
 # === shared: environment and run ===
