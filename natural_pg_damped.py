@@ -173,7 +173,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest norm of a minibatch's gradient, policy or value
     damping: float = 0.1  # lambda, added to F_hat; in units of psi^2
     cg_iterations: int = 10  # of conjugate gradients, one Fisher-vector product each
-    measure_every: int = 40  # rollouts between comparisons of the step with eps / tau x; 0: none
+    measure_every: int = 40  # batches between comparisons of the step with eps / tau x; 0: none
     save_every: int = 500_000  # agent steps between checkpoints, each with new games; 0: at the end
     # === shared: run flags ===
     seed: int = 1  # network, sampling noise and environments derive from it

@@ -234,7 +234,7 @@ def test_a_folder_in_use_is_not_trained_in_twice(tmp_path, learner, monkeypatch,
 def test_a_failed_and_a_killed_run_are_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
     """And no more run at once than --jobs says."""
     grid = figures.cells(args("2", tmp_path, seeds=1))[:5]
-    good = "time.sleep(0.2); d.joinpath('run').mkdir(exist_ok=True); " \
+    good = "time.sleep(1.5); d.joinpath('run').mkdir(exist_ok=True); " \
            "d.joinpath('run/eval.csv').write_text('step\\n10000000\\n')"
     body = dict(zip(grid, ["print('starting'); raise SystemExit('error: no luck')",
                            "os.kill(os.getpid(), 9)", good, "pass", good]))
