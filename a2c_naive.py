@@ -100,7 +100,8 @@ class Args:
         self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         for name, value in vars(self).items():
             zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
-            low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
+            high = 1 if name in ("gamma", "sticky", "eps", "eval_epsilon") else math.inf
+            low = int(type(value) is int and not zero)
             if not isinstance(value, str) and not low <= value <= high:  # NaN fails this too
                 raise ValueError(f"--{name.replace('_', '-')} {value}: it takes {low} to {high}")
     # === end shared ===
@@ -135,7 +136,7 @@ def train(args):
     run = Run(args, net=net, optimizer=optimizer)
     run.evaluate(act)  # with --evaluate, or if a signal interrupted the one that is due here
     s = envs.reset(run.seeds(b"games", N))
-    while run.step < args.total_timesteps and not STOP and not args.evaluate:
+    while run.step < args.total_timesteps and not STOP and not args.evaluate:  # STOP: signals
         # rollout: T steps with the current policy
         torch.manual_seed(run.seeds(b"noise")[0])  # anew, so that there is no state to save
         steps = []
@@ -153,7 +154,7 @@ def train(args):
         L, terms = run_loss(obs, a, r, done, s)
         optimizer.zero_grad()
         L.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)  # before clipping
         lr = args.learning_rate * max(0.0, 1 - run.step / args.schedule_timesteps)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -180,7 +181,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, obs):  # (..., 4, 84, 84) uint8 -> log pi(. | s) (..., A), V(s) (...)
         x = obs.flatten(end_dim=-4).contiguous(memory_format=torch.channels_last)
-        h = self.trunk(x / 255).unflatten(0, obs.shape[:-3])  # (..., 512)
+        h = self.trunk(x.float().div_(255)).unflatten(0, obs.shape[:-3])  # (..., 512)
         return self.pi(h).log_softmax(-1), self.V(h).squeeze(-1)
 
 class RMSpropTF(torch.optim.Optimizer):
@@ -192,14 +193,13 @@ class RMSpropTF(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
-        for p in group["params"]:
-            mean_square = self.state[p]["mean_square"].lerp_(p.grad.square(), 1 - group["decay"])
-            p.addcdiv_(p.grad, (mean_square + group["eps"]).sqrt_(), value=-group["lr"])
+        d, eps, lr = (self.param_groups[0][name] for name in ("decay", "eps", "lr"))
+        for p in self.param_groups[0]["params"]:
+            mean_square = self.state[p]["mean_square"].mul_(d).addcmul_(p.grad, p.grad, value=1 - d)
+            p.addcdiv_(p.grad, (mean_square + eps).sqrt_(), value=-lr)
 # === end shared ===
 
 # === shared: environment and run ===
-AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"  # flags of some script
 FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
         "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
 STOP = []  # signals that asked the run to save and end
@@ -245,7 +245,7 @@ class Atari:
 class Run:
     """A run in its folder. step is in agent steps; parts are the networks, optimizers, ..."""
     def __init__(self, args, **parts):
-        self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
+        self.args, self.parts, self.last = args, parts, dict(log=0, eval=0, save=0)  # steps of them
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
         self.sizes = {"metrics.csv": 0, "eval.csv": 0}  # of the logs, in bytes
         torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -284,9 +284,9 @@ class Run:
 
     def due(self, what):
         """Whether a row, an evaluation or a save is due; at the end each of them is."""
-        every, done = getattr(self.args, f"{what}_every"), self.done[what]
+        every, last = getattr(self.args, f"{what}_every"), self.last[what]
         end = self.step >= self.args.total_timesteps
-        return self.step > done and bool(end or every and self.step // every > done // every)
+        return self.step > last and bool(end or every and self.step // every > last // every)
 
     def log(self, envs, *groups, **columns):
         """Adds up groups, dicts of 0-dim tensors; if due, a row of metrics.csv with their means."""
@@ -300,16 +300,16 @@ class Run:
                      for k, x in zip(names, (total / n).tolist())}
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
-            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # since mark
+            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}  # unclipped
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # agent steps/s
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.mark = self.step, (self.step, time.monotonic())  # last row
-        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
+        self.last[what], self.mark = self.step, (self.step, time.monotonic())
+        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)  # seconds
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
             f.write(",".join(f"{x:.9g}" for x in row.values()) + "\n")
@@ -340,9 +340,9 @@ class Run:
         """Writes the checkpoint if due or on a signal. Returns whether to start new games."""
         if not self.due("save") and not STOP:
             return False
-        self.done["save"], self.wall = self.step, time.monotonic() - self.began
+        self.last["save"], self.wall = self.step, time.monotonic() - self.began
         self.sizes = {log: (self.folder / log).stat().st_size for log in self.sizes}
-        counts = {k: getattr(self, k) for k in ("step", "wall", "done", "scores", "sums", "sizes")}
+        counts = {k: getattr(self, k) for k in ("step", "wall", "last", "scores", "sums", "sizes")}
         state = dict(args=vars(self.args), counts=counts)
         for name, part in self.parts.items():  # an optimizer's groups hold flags of this device
             state[name] = {k: x for k, x in part.state_dict().items() if k != "param_groups"}

@@ -48,7 +48,7 @@ def td_errors(r, KL, done, V, tau, gamma):
     return r - tau * KL + gamma * (1 - done) * V[1:] - V[:-1]  # Eq. 36
 
 def advantages(delta, done, gamma, n):
-    """Delta_t = sum_{d<n} gamma^d delta_{t+d} (Eq. 47), up to an end of game or rollout; (T, N)."""
+    """Delta_t = sum_{d<n} gamma^d delta_{t+d} (Eq. 47), up to done or the rollout's end; (T, N)."""
     Delta = delta
     for _ in range(min(n, len(delta)) - 1):  # one step more
         later = torch.cat([Delta[1:], torch.zeros_like(Delta[:1])])
@@ -108,7 +108,7 @@ def sampled_fisher(J, v):
     return J.Psi_T(Psi_v) / len(Psi_v)
 
 def all_action_fisher(log_pi, Jv, Jw):
-    """v^T F_all w, (), from J.times(v), J.times(w) (B, A): each action in its proportion."""
+    """v^T F_all w, (), of J.times(v), J.times(w) (B, A); F_all: mean_t E_{a ~ pi} psi psi^T."""
     return (log_pi.exp() * Jv * Jw).sum(-1).mean()
 
 def ratio(a, b):
@@ -118,7 +118,7 @@ def ratio(a, b):
 def conjugate_gradient(product, g, iterations):
     """Solves product(x) = g, (P,) -> (P,), symmetric and positive (Hestenes and Stiefel, 1952).
 
-    Returns x and |g - product(x)| / |g|, (), as the recurrence has it.
+    Returns x and |g - product(x)| / |g|, (), as it is kept up to date, not computed from x.
     """
     x, left, p, square = torch.zeros_like(g), g, g, g @ g
     for _ in range(iterations):
@@ -130,7 +130,7 @@ def conjugate_gradient(product, g, iterations):
     return x, ratio(square, g @ g).sqrt()
 
 def natural_gradient(J, A, damping, iterations):
-    """x = (F_hat + lambda I)^-1 g_hat, Eq. 66 without its eps, which Eq. 67 counts again.
+    """x near (F_hat + lambda I)^-1 g_hat, Eq. 66 without its eps, which Eq. 67 counts again.
 
     theta_old + eps / tau x is one Gauss-Newton step on either loss, damped by lambda; on the side
     of Q the same damping is tau^2 lambda. Returns what conjugate_gradient returns.
@@ -195,7 +195,8 @@ class Args:
         self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         for name, value in vars(self).items():
             zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
-            low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
+            high = 1 if name in ("gamma", "sticky", "eps", "eval_epsilon") else math.inf
+            low = int(type(value) is int and not zero)
             if not isinstance(value, str) and not low <= value <= high:  # NaN fails this too
                 raise ValueError(f"--{name.replace('_', '-')} {value}: it takes {low} to {high}")
     # === end shared ===
@@ -241,7 +242,7 @@ def train(args):
     run = Run(args, pi=pi, V=V, adam_pi=adam_pi, adam_V=adam_V)
     run.evaluate(act)  # with --evaluate, or if a signal interrupted the one that is due here
     s = envs.reset(run.seeds(b"games", N))
-    while run.step < args.total_timesteps and not STOP and not args.evaluate:
+    while run.step < args.total_timesteps and not STOP and not args.evaluate:  # STOP: signals
         # rollout: T steps with pi_old
         torch.manual_seed(run.seeds(b"noise")[0])  # anew, so that there is no state to save
         steps = []
@@ -397,7 +398,6 @@ class Network(nn.Module):
         return y.squeeze(-1) if y.shape[-1] == 1 else y.log_softmax(-1)
 
 # === shared: environment and run ===
-AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"  # flags of some script
 FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
         "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
 STOP = []  # signals that asked the run to save and end
@@ -443,7 +443,7 @@ class Atari:
 class Run:
     """A run in its folder. step is in agent steps; parts are the networks, optimizers, ..."""
     def __init__(self, args, **parts):
-        self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
+        self.args, self.parts, self.last = args, parts, dict(log=0, eval=0, save=0)  # steps of them
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
         self.sizes = {"metrics.csv": 0, "eval.csv": 0}  # of the logs, in bytes
         torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -482,9 +482,9 @@ class Run:
 
     def due(self, what):
         """Whether a row, an evaluation or a save is due; at the end each of them is."""
-        every, done = getattr(self.args, f"{what}_every"), self.done[what]
+        every, last = getattr(self.args, f"{what}_every"), self.last[what]
         end = self.step >= self.args.total_timesteps
-        return self.step > done and bool(end or every and self.step // every > done // every)
+        return self.step > last and bool(end or every and self.step // every > last // every)
 
     def log(self, envs, *groups, **columns):
         """Adds up groups, dicts of 0-dim tensors; if due, a row of metrics.csv with their means."""
@@ -498,16 +498,16 @@ class Run:
                      for k, x in zip(names, (total / n).tolist())}
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
-            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # since mark
+            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}  # unclipped
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # agent steps/s
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.mark = self.step, (self.step, time.monotonic())  # last row
-        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
+        self.last[what], self.mark = self.step, (self.step, time.monotonic())
+        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)  # seconds
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
             f.write(",".join(f"{x:.9g}" for x in row.values()) + "\n")
@@ -538,9 +538,9 @@ class Run:
         """Writes the checkpoint if due or on a signal. Returns whether to start new games."""
         if not self.due("save") and not STOP:
             return False
-        self.done["save"], self.wall = self.step, time.monotonic() - self.began
+        self.last["save"], self.wall = self.step, time.monotonic() - self.began
         self.sizes = {log: (self.folder / log).stat().st_size for log in self.sizes}
-        counts = {k: getattr(self, k) for k in ("step", "wall", "done", "scores", "sums", "sizes")}
+        counts = {k: getattr(self, k) for k in ("step", "wall", "last", "scores", "sums", "sizes")}
         state = dict(args=vars(self.args), counts=counts)
         for name, part in self.parts.items():  # an optimizer's groups hold flags of this device
             state[name] = {k: x for k, x in part.state_dict().items() if k != "param_groups"}

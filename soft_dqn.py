@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 def soft_value(Q, log_pi_bar, tau):
     """V_Q(s) = tau log sum_a pi_bar(a|s) exp(Q(s, a) / tau), Eq. 29; (..., A) -> (...).
 
-    Eq. 82 has log_pi_bar = -log A (KL), Eq. 83 has 0 (entropy), and tau = 0 is their common limit,
-    the maximum of Eq. 81. Both are printed without the tau before the logarithm, and so diverge.
+    Eq. 82 has log_pi_bar = -log A (KL), Eq. 83 has 0 (entropy); tau = 0 is the limit of both, the
+    maximum of Eq. 81. They are printed without the first tau, and then diverge for tau < gamma.
     """
     top = Q.max(-1).values
     if tau == 0:
@@ -86,9 +86,9 @@ def loss(Q, a, y, kind):
 
 def epsilon_greedy(Q, epsilon, noise):
     """The best action, or with probability epsilon any; (..., A) -> (...); noise ~ Exp(1)."""
-    smallest, uniform = noise.min(-1)  # how small it is does not depend on where it is
+    smallest, any_action = noise.min(-1)  # independent of each other
     u = 1 - (-Q.shape[-1] * smallest).exp()  # uniform in [0, 1], as smallest ~ Exp(A)
-    return torch.where(u < epsilon, uniform, Q.argmax(-1))
+    return torch.where(u < epsilon, any_action, Q.argmax(-1))
 
 def boltzmann_sample(Q, tau, noise):
     """a ~ pi of Eq. 30 by the Gumbel-max rule, (..., A) -> (...); noise ~ Exp(1), (..., A)."""
@@ -137,7 +137,8 @@ class Args:
         self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         for name, value in vars(self).items():
             zero = name.endswith("_every") or name in ("seed", "threads", "eval_games")
-            low, high = int(type(value) is int and not zero), 1 if name in AT_MOST_1 else math.inf
+            high = 1 if name in ("gamma", "sticky", "eps", "eval_epsilon") else math.inf
+            low = int(type(value) is int and not zero)
             if not isinstance(value, str) and not low <= value <= high:  # NaN fails this too
                 raise ValueError(f"--{name.replace('_', '-')} {value}: it takes {low} to {high}")
     # === end shared ===
@@ -195,7 +196,7 @@ def train(args):
         print(f"warning: nothing is learned in {args.total_timesteps:,} steps")
     run.evaluate(act)  # if a signal interrupted the one that is due here
     s = memory.begin(envs.reset(run.seeds(b"refill" if refill else b"games", N)))
-    while run.step < args.total_timesteps and not STOP:
+    while run.step < args.total_timesteps and not STOP:  # STOP: signals
         # act: the emulator works while the network learns from what it gave before
         torch.manual_seed(run.seeds((*b"noise", refill))[0])  # anew: there is no state to save
         noise = torch.empty(N, A, device=device).exponential_()
@@ -209,7 +210,7 @@ def train(args):
             L, values = run_loss(*memory.sample(memory.draw(args.batch_size, n), n))
             optimizer.zero_grad()
             L.backward()
-            norm = clip_each_(net.parameters(), args.max_grad_norm)
+            norm = clip_each_(net.parameters(), args.max_grad_norm)  # before clipping
             optimizer.step()
             terms.append(dict(zip(TERMS, (x.detach().clone() for x in (*values, norm)))))
 
@@ -238,7 +239,7 @@ def check(args):
     """Refuses flags that do not go together."""
     if args.tau < 1e-6 and (args.backup != "hard" or args.exploration == "boltzmann"):
         raise ValueError(f"--tau {args.tau:g}: soft backups and boltzmann take 1e-6 or more")
-    least = (2 * args.n_step + 4) * args.num_envs  # n steps on one side of a cut, and a stack
+    least = (2 * args.n_step + 4) * args.num_envs  # so that some n steps lie between cuts
     if min(args.buffer_size, args.learning_starts) < least:
         raise ValueError(f"--buffer-size {args.buffer_size}, --learning-starts "
                          f"{args.learning_starts}: the least is {least} at --n-step {args.n_step}")
@@ -268,11 +269,11 @@ class Replay:
         self.cut = torch.zeros(capacity, num_envs, dtype=torch.bool)  # on the host, for draw()
 
     def begin(self, obs):
-        """New games in all environments, obs (N, 4, 84, 84): the open step counts as cut."""
+        """New games in all environments: the open step counts as cut. Returns obs."""
         return self.add(0, 0, 0, True, obs, slice(None))
 
     def add(self, a, r, done, cut, obs, started):
-        """Completes the open slot, (N,) each, opens the next with obs; started lists new games."""
+        """Completes the open slot, (N,) each, opens one for obs; a game begins where started."""
         k, new = self.t % self.C, (self.t + 1) % self.C
         self.a[k], self.r[k], self.done[k], self.cut[k] = a, r, done, cut
         self.frames[new], self.age[new] = obs[:, 3], (self.age[k] + 1).clamp(max=3)
@@ -283,7 +284,7 @@ class Replay:
     def draw(self, B, n):
         """(2, B) steps t and environments, uniform over the windows of n steps without a cut.
 
-        A life lost before the cut makes no difference, or deaths would be drawn too often.
+        One with a life lost before the cut counts as cut, or deaths would be drawn too often.
         """
         oldest = self.t - self.C + 4 if self.t >= self.C else 0  # whose stack is still held
         for tries in range(1, 100):
@@ -361,7 +362,6 @@ def clip_each_(params, max_norm):
     return torch.stack(norms).norm()
 
 # === shared: environment and run ===
-AT_MOST_1 = "gamma", "sticky", "eps", "eval_epsilon"  # flags of some script
 FREE = {"total_timesteps", "device", "threads", "compile", "eval_every", "eval_games",
         "eval_epsilon", "resume", "evaluate", "runs_dir", "tensorboard"}  # may change on --resume
 STOP = []  # signals that asked the run to save and end
@@ -407,7 +407,7 @@ class Atari:
 class Run:
     """A run in its folder. step is in agent steps; parts are the networks, optimizers, ..."""
     def __init__(self, args, **parts):
-        self.args, self.parts, self.done = args, parts, dict(log=0, eval=0, save=0)  # done at step
+        self.args, self.parts, self.last = args, parts, dict(log=0, eval=0, save=0)  # steps of them
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
         self.sizes = {"metrics.csv": 0, "eval.csv": 0}  # of the logs, in bytes
         torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -446,9 +446,9 @@ class Run:
 
     def due(self, what):
         """Whether a row, an evaluation or a save is due; at the end each of them is."""
-        every, done = getattr(self.args, f"{what}_every"), self.done[what]
+        every, last = getattr(self.args, f"{what}_every"), self.last[what]
         end = self.step >= self.args.total_timesteps
-        return self.step > done and bool(end or every and self.step // every > done // every)
+        return self.step > last and bool(end or every and self.step // every > last // every)
 
     def log(self, envs, *groups, **columns):
         """Adds up groups, dicts of 0-dim tensors; if due, a row of metrics.csv with their means."""
@@ -462,16 +462,16 @@ class Run:
                      for k, x in zip(names, (total / n).tolist())}
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"not finite by step {self.step}: {means}")
-            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}
-            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # since mark
+            score, self.sums = np.mean(self.scores) if self.scores else math.nan, {}  # unclipped
+            sps = (self.step - self.mark[0]) / (time.monotonic() - self.mark[1])  # agent steps/s
             left = (self.args.total_timesteps - self.step) / sps / 60 if means else math.nan
             self.write("log", "metrics.csv", score=score, sps=sps, **(columns | means))
             print(f"step {self.step:,}, score {score:.1f}, {sps:.0f} steps/s, {left:.0f} min left"
                   .replace("nan", "-"), end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def write(self, what, log, **row):  # to a CSV, and to TensorBoard if it is on
-        self.done[what], self.mark = self.step, (self.step, time.monotonic())  # last row
-        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)
+        self.last[what], self.mark = self.step, (self.step, time.monotonic())
+        row = dict(step=self.step, wall_time=time.monotonic() - self.began, **row)  # seconds
         with open(self.folder / log, "a") as f:
             f.write("" if f.tell() else ",".join(row) + "\n")
             f.write(",".join(f"{x:.9g}" for x in row.values()) + "\n")
@@ -502,9 +502,9 @@ class Run:
         """Writes the checkpoint if due or on a signal. Returns whether to start new games."""
         if not self.due("save") and not STOP:
             return False
-        self.done["save"], self.wall = self.step, time.monotonic() - self.began
+        self.last["save"], self.wall = self.step, time.monotonic() - self.began
         self.sizes = {log: (self.folder / log).stat().st_size for log in self.sizes}
-        counts = {k: getattr(self, k) for k in ("step", "wall", "done", "scores", "sums", "sizes")}
+        counts = {k: getattr(self, k) for k in ("step", "wall", "last", "scores", "sums", "sizes")}
         state = dict(args=vars(self.args), counts=counts)
         for name, part in self.parts.items():  # an optimizer's groups hold flags of this device
             state[name] = {k: x for k, x in part.state_dict().items() if k != "param_groups"}

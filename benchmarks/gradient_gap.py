@@ -63,7 +63,8 @@ def on_mdp(tau, seed):
     V_n = (mdp.p[s, a] @ V).detach()
     x = pgql_equiv.samples(log_pi[s][None], V[s][None], a[None], mdp.r[s, a][None],
                            mdp.ends[s, a][None], V_n, 0.0, tau, GAMMA)
-    pg, gap = (gradients(f, x, tau, model.weights) for f in (pgql_equiv.pg_loss, pgql_equiv.gap))
+    pg, gap = (gradients(f, x, tau, model.weights)
+               for f in (pgql_equiv.pg_loss, pgql_equiv.gap_loss))
     weights = log_pi[s, a].exp().detach() / 6
     return relative(gap, pg, weights), float((weights @ gap).norm() / (weights @ pg).norm())
 
@@ -92,7 +93,8 @@ def on_krull(tau):
         with torch.no_grad():
             V_n = net(s)[1]
         x = pgql_equiv.samples(*net(obs), *rest, V_n, 0.0, tau, GAMMA)
-        pg, gap = (gradients(f, x, tau, parameters) for f in (pgql_equiv.pg_loss, pgql_equiv.gap))
+        pg, gap = (gradients(f, x, tau, parameters)
+                   for f in (pgql_equiv.pg_loss, pgql_equiv.gap_loss))
         samples.append([gap.square().sum(-1).mean(), pg.square().sum(-1).mean()])
         batches.append([gap.mean(0).norm().square(), pg.mean(0).norm().square()])
     return (math.sqrt(gap / pg) for gap, pg in np.mean([samples, batches], axis=1))

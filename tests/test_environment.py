@@ -84,6 +84,14 @@ def test_the_time_limit_truncates_and_gives_the_real_last_observation(shared):
             assert not torch.equal(step.obs[step.truncated, :3], twin)
             assert [i for i, *_ in step.ended] == step.truncated.nonzero().flatten().tolist()
 
+def test_a_life_lost_in_the_step_that_the_limit_cuts_is_lost(shared):
+    """Nothing is paid for what would have followed; the game is over all the same."""
+    free = play(atari(shared, 1, env_id="ALE/Breakout-v5"), [1], 60)
+    t = next(t for t, step in enumerate(free) if step.terminated[0])
+    cut = play(atari(shared, 1, env_id="ALE/Breakout-v5", max_episode_frames=4 * t + 4), [1], t + 1)
+    assert cut[-1].terminated[0] and not cut[-1].truncated[0] and cut[-1].last is None
+    assert [len(step.ended) for step in cut] == t * [0] + [1] and not free[t].ended
+
 @pytest.mark.parametrize("frames", [4, 8, 40])
 def test_no_end_of_a_short_game_is_missed(shared, frames):
     """A new game may begin at a higher frame than that at which the last one was cut."""

@@ -350,7 +350,7 @@ def test_both_rules_of_pgql_are_finite_and_differ_by_the_gap(theory, case):
     log_pi, V, leaves = case.network()
     x = pgql_equiv.samples(log_pi, V, *case.rollout(), case.log_pi_bar, case.tau, case.gamma)
     gradients = []
-    for loss in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap):
+    for loss in (pgql_equiv.pg_loss, pgql_equiv.ql_loss, pgql_equiv.gap_loss):
         each_loss = loss(x, case.tau, c)
         assert finite(each_loss) and each_loss.shape == V.shape and each_loss.dtype == case.dtype
         gradients.append(torch.autograd.grad(each_loss.sum(), leaves, retain_graph=True))
@@ -375,7 +375,7 @@ def test_the_gap_vanishes_on_average_over_actions(case):
     x = pgql_equiv.samples(log_pi, V.expand(case.A, -1), a, case.rewards(case.A, case.N), one, V[0],
                            case.log_pi_bar, case.tau, case.gamma)
     pi = log_pi.detach()[0].exp().T  # (A, N)
-    gap = (pi * pgql_equiv.gap(x, case.tau, 0.5)).sum()
+    gap = (pi * pgql_equiv.gap_loss(x, case.tau, 0.5)).sum()
     size = case.tau * 200
     for g in torch.autograd.grad(gap, (logits, V)):
         assert case.near(g, torch.zeros_like(g), size)

@@ -1,7 +1,7 @@
 """Every script as a user runs it: the file alone in an empty folder, a real game, processes.
 
 Trained, killed, resumed, interrupted, finished, evaluated; and what the killed run became is held
-against a run that was never disturbed.
+against a run that was never disturbed. Wrong command lines, in this process, come last.
 """
 import os
 import re
@@ -16,7 +16,7 @@ import pytest
 from util import OWN, ROOT, checkpoint, equal, resumed, rows, trained, words
 
 FLAGS = dict(env_id="ALE/Breakout-v5", num_envs=2, total_timesteps=140, log_every=20,
-             eval_every=100, eval_games=1, save_every=80, max_episode_frames=120, threads=1,
+             eval_every=100, eval_games=1, save_every=70, max_episode_frames=120, threads=1,
              device="cpu")
 
 @pytest.fixture
@@ -64,10 +64,10 @@ def test_a_script_alone_in_a_folder(script, tmp_path, start, command, monkeypatc
         flags = flags | dict(save_replay=True)
     process = start(script, home, *words(flags))
     text = printed(process, 100)
-    process.kill()  # in the evaluation at step 100, with a row behind the save at 80
+    process.kill()  # in the evaluation at step 100; the save was between two rows, at 70
     assert process.wait() == -signal.SIGKILL
     run, = (home / "runs").iterdir()
-    assert checkpoint(script, run)["counts"]["step"] == 80 and len(rows(run)) >= 5
+    assert checkpoint(script, run)["counts"]["step"] in (70, 80) and len(rows(run)) >= 5
 
     copy = shutil.copytree(run, tmp_path / "copy")  # it goes on undisturbed, in this process
     script.train(resumed(script, copy))
