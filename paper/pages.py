@@ -9,6 +9,7 @@ docstrings of the scripts. The checks of tests/equations have such pages too.
 """
 import argparse
 import ast
+import itertools
 import re
 import shutil
 import sys
@@ -55,7 +56,9 @@ def read_rows(text):
         if re.match(r"\| \d+ \| ", line):
             number, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
             continued = cells[0].startswith("$`=")
-            left = left if continued else pieces(cells[0][2:].split("`$")[0])[0]
+            if not continued:
+                tex = pieces(cells[0][2:].split("`$")[0])
+                left = "".join(itertools.takewhile(lambda piece: piece[:4] != "{} =", tex))
             rows[int(number)] = Row(int(number), section, left if continued else "", *cells)
     return rows
 
@@ -79,12 +82,13 @@ def pieces(tex):
     First outside all brackets, then inside them as far as a piece is long.
     """
     tokens, levels = re.findall(r"\\[a-zA-Z]+|\\.|\S|\s+", "{} " * (tex[0] == "=") + tex), []
-    braces, brackets, before = 0, 0, "("
+    braces, brackets, before, given = 0, 0, "(", 9
     for token in tokens:
-        operator = token in ("=", "+", "-", "/", r"\approx") and not braces
+        operator = token in ("=", "+", "-", "/", r"\approx") and not braces and brackets < given
         levels.append(brackets + (token == "/") if operator and before not in OPENING else 9)
         braces += (token == "{") - (token == "}")
         brackets += (token in OPENING[:3]) - (token in (")", "]", r"\rbrace"))
+        given = brackets if token == r"\mid" else given if brackets >= given else 9
         before = token.strip() or before
 
     def cut(first, last, level):
@@ -106,10 +110,11 @@ def math(tex, display=False):
 
 def formula(tex):
     """TeX as pieces of MathML between which a line may be broken, each whole in itself."""
-    parts = pieces(tex)
+    parts = pieces(tex.replace(r"\tfrac{\pi", r"\frac{\pi"))  # ratios of policies would be tiny
     for i, part in enumerate(parts):
         if part.count(r"\left") != part.count(r"\right"):  # a bracket opens here, closes later
-            parts[i] = re.sub(r"\\(l|r)(eft|ight)\b", r"\\Big\1", part)
+            part = part.replace(r"\left", r"\Bigl")  # in {...{}} it is large also below an exponent
+            parts[i] = re.sub(r"\\right *(\\\w+|.)", r"{\\Bigr\1{}}", part)
     return "<wbr>".join(f'<span class="m">{math(part, display=True)}</span>' for part in parts)
 
 def prose(text, typeset=math):
@@ -122,8 +127,10 @@ def prose(text, typeset=math):
             return f'<a href="{page_of(path)}#{name}"><code>{name}</code></a>'
         if part.startswith("`"):
             return f"<code>{escape(part[1:-1], quote=False)}</code>"
-        return escape(part, quote=False)
-    return "".join(map(html, re.split(r"(\$`.*?`\$|\[`\w+`\]\(.*?\)|`.*?`)", text)))
+        return re.sub(r"\bEq\. (\d+)", r'<a href="index.html#eq-\1">Eq.&nbsp;\1</a>',
+                      escape(part, quote=False))
+    parts = map(html, re.split(r"(\$`.*?`\$|\[`\w+`\]\(.*?\)|`.*?`)", text))
+    return re.sub(r"(</math>(?:</span>)?)(?=[.,;:)])", r"\1&NoBreak;", "".join(parts))
 
 def equation(row):
     """An equation, corrected, after the left side of its chain."""
@@ -149,11 +156,18 @@ STYLES = ((String.Doc, "c"), (Comment, "c"), (String, "s"), (Keyword, "k"), (Ope
           (Number, "n"), (Name.Function, "f"), (Name.Class, "f"))
 
 def highlighted(script):
-    """Each line of code as HTML; the numbers of cited equations are links to their cards."""
+    """Each line of code as HTML.
+
+    The numbers of cited equations are links to their cards, and calls of the script's functions to
+    these, with the first line of the docstring as their title.
+    """
     links = {(c.line, c.column): f'<a href="#eq-{c.text}-{place[0]}" aria-label="Eq. {c.text}">'
              f"{c.text}</a>" for c in script.citations if (place := script.home(c))}
-    lines, column = [""], 0
-    for kind, text in PythonLexer(ensurenl=False, stripnl=False).get_tokens(script.source):
+    about = {node.name: (ast.get_docstring(node) or node.name).split("\n")[0]
+             for node in script.tree.body if isinstance(node, ast.FunctionDef)}
+    tokens = [*PythonLexer(ensurenl=False, stripnl=False).get_tokens(script.source), (None, "")]
+    lines, column, before = [""], 0, ""
+    for (kind, text), (_, following) in zip(tokens, tokens[1:]):
         style = next((name for of, name in STYLES if kind in of), None)
         for i, part in enumerate(text.split("\n")):
             if i:
@@ -161,8 +175,11 @@ def highlighted(script):
                 column = 0
             html = "".join(links.get((len(lines), column + m.start()), escape(m[0], quote=False))
                            for m in re.finditer(r"\d+|\D+", part))
+            if kind is Name and text in about and before != "." and following[:1] == "(":
+                html = f'<a class="call" href="#{text}" title="{escape(about[text])}">{text}</a>'
             lines[-1] += f'<span class="{style}">{html}</span>' if style and part else html
             column += len(part)
+        before = text
     return lines[:len(script.lines)]
 
 def card(row, place, lines, first):
