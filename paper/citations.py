@@ -6,7 +6,8 @@ import tokenize
 from typing import NamedTuple
 
 NUMBERS = re.compile(  # Eq. 1; Eq. 1, 2 or 3; Eq. 1-3; Eq. 1 to 3; Equations 1, 2-4 and 5; 6
-    r"\bEq(?:s?\.|uation(s)?)~\d+(?:(?:(?:,|(?(1);|,))(?:~(?:and|or))?~|~(?:and|or|to)~|-|–)\d+)*"
+    r"\bEq(?:s?\.|uation(s)?)~\d+"
+    r"(?:(?:(?:,|(?(1);|,))(?:~(?:and|or))?~|~(?:and|or|to)~|-|–)(?:[1-8]?\d|90)\b)*"  # not 128
     .replace("~", r"[\s#]+"))  # a list may go on in the next line, also of a comment
 
 class Citation(NamedTuple):
