@@ -322,8 +322,10 @@ def index_row(row, scripts):
     note = misprint(row) or (f'<p class="why">{prose(row.note)}</p>' if row.note else "")
     lines = "".join(html for script in scripts for html in uses(row.number, script))
     used, through = f"<ul>{lines}</ul>" if lines else "", ""
-    if row.computed_by != "-":  # functions, without the names of their scripts
-        through = ", through " + prose(re.sub(r"`\w+` \[", "[", row.computed_by))
+    if row.computed_by != "-":
+        through = ", through " + re.sub(
+            r"`(\w+)` \[`(\w+)`\]\(\S+\)",
+            r'<a href="\1.html#\2"><code>\1.\2</code></a>', row.computed_by)
     elif not lines:
         used = "<p>No script computes it.</p>"
     return (f'<article id="eq-{row.number}"><h3><a href="#eq-{row.number}">Eq. {row.number}</a>'
