@@ -63,13 +63,14 @@ def read_rows(text):
     return rows
 
 def notation(text):
-    """The table of symbols at the end of EQUATIONS.md."""
-    lines = text[text.index("## Notation"):].splitlines()
+    """The symbols at the end of EQUATIONS.md: a sentence and a table."""
+    sentence, *lines = text.split("## Notation\n\n")[1].splitlines()
     cells = [[prose(cell.strip()) for cell in line.strip("|").split(" | ")]
              for line in lines if line.startswith("| ")]
     head = "".join(f'<th scope="col">{cell}</th>' for cell in cells[0])
     body = "".join("<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in cells[1:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (f"<p>{prose(sentence)}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 # === formulas ===
 CONVERT = LatexToMathML().convert_with_local_state

@@ -22,6 +22,7 @@ from equations import base
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "paper"))
 from citations import citations
+
 SECTIONS = "bandit", "mdp", "gradients", "natural", "related"
 for section in SECTIONS:
     importlib.import_module(f"equations.{section}")
