@@ -20,12 +20,14 @@ import mutants
 from equations import base
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "paper"))
+from citations import citations
+
 SECTIONS = "bandit", "mdp", "gradients", "natural", "related"
 for section in SECTIONS:
     importlib.import_module(f"equations.{section}")
 pytestmark = pytest.mark.usefixtures("double")
 SCRIPTS = "a2c_naive", "a2c_proper", "soft_dqn", "pgql_equiv", "natural_pg_damped"
-NUMBERS = re.compile(r"\bEq(?:uations?|\.) ((?:\d+(?:-\d+)?(?:, | and | or |; )?)+)")
 
 def residuals(number):
     """(largest of the equation, least of the printed form or None) over the seeds."""
@@ -110,15 +112,10 @@ def test_the_document_states_bounds_and_residuals_that_keep_them():
         assert bound == check.bound > residual and margin == check.margin, row[0]
         assert margin is None or printed > margin
 
-def cited(script):
-    """The equations that a script names."""
-    for numbers in NUMBERS.findall((ROOT / f"{script}.py").read_text().replace("\n", " ")):
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
-            yield from range(int(first), int(last or first) + 1)
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_equation_a_script_names_has_a_row(script):
-    numbers = set(cited(script))
+    found = citations((ROOT / f"{script}.py").read_text())
+    numbers = {number for citation in found for number in citation.numbers}
     assert len(numbers) >= 6 and numbers <= {int(row[0]) for row in rows()}
 
 @pytest.mark.parametrize("script", SCRIPTS)
