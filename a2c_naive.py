@@ -90,10 +90,10 @@ class Args:
     log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
-    resume: str = ""  # folder of a run to go on from, with the flags that it was started with
+    resume: str = ""  # folder of a run to continue, with the flags that it was started with
     evaluate: str = ""  # folder of a run whose policy plays --eval-games games, without training
     runs_dir: str = "runs"  # where a new run makes its folder
-    tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+    tensorboard: bool = False  # copies both logs to the folder (needs the package tensorboard)
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps

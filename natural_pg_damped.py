@@ -155,7 +155,7 @@ def sample(log_pi, noise):
 class Args:
     env_id: str = "ALE/Pong-v5"  # game, ALE/<Game>-v5
     total_timesteps: int = 80_000_000  # agent steps over all environments, 4 frames each
-    schedule_timesteps: int = 0  # agent steps until --eps, step sizes are 0; 0: total-timesteps
+    schedule_timesteps: int = 0  # agent steps until eps and step sizes are 0; 0: total-timesteps
     solver: Literal["regression", "cg"] = "regression"  # passes of Adam, or one Gauss-Newton step
     eps: float = 1e-3  # damping of the Q target at the start, 0 to 1; decays linearly
     target_kl: float = 0.0  # KL of a natural gradient step, nats; sets eps <= 1; 0: --eps is used
@@ -172,7 +172,7 @@ class Args:
     value_learning_rate: float = 2.5e-4  # Adam step size of the value at the start, decays linearly
     max_grad_norm: float = 0.5  # largest norm of a minibatch's gradient, policy or value
     damping: float = 0.1  # lambda, added to F_hat; in units of psi^2
-    cg_iterations: int = 10  # of conjugate gradients, one Fisher-vector product each
+    cg_iterations: int = 10  # iterations of conjugate gradients
     measure_every: int = 40  # batches between comparisons of the step with eps / tau x; 0: none
     save_every: int = 500_000  # agent steps between checkpoints, each with new games; 0: at the end
     # === shared: run flags ===
@@ -185,10 +185,10 @@ class Args:
     log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
-    resume: str = ""  # folder of a run to go on from, with the flags that it was started with
+    resume: str = ""  # folder of a run to continue, with the flags that it was started with
     evaluate: str = ""  # folder of a run whose policy plays --eval-games games, without training
     runs_dir: str = "runs"  # where a new run makes its folder
-    tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+    tensorboard: bool = False  # copies both logs to the folder (needs the package tensorboard)
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps

@@ -5,7 +5,7 @@
            46, 54, 60, 63, 64 and the 1/gamma of section 6.3 are misprinted in the text and stand
            here corrected. The two gradients are equal on average over actions, not on a batch.
   Train:   python pgql_equiv.py --env-id ALE/Pong-v5 --total-timesteps 10000000
-  Expect:  17 to 20 then, as published for A2C; README.md has what was measured with this file.
+  Expect:  a Pong score of 17 to 20, as published for A2C; README.md has what was measured here.
   Arms:    --update pg or ql: Figure 3; --parameterization q --vf-coef theory: section 4 as it is.
   Resume:  python pgql_equiv.py --resume runs/Pong__pgql_equiv__seed1__20260101-120000
   Shapes:  T steps of N environments, A actions. s_t is a stack of 4 frames, 84 x 84, uint8.
@@ -137,10 +137,10 @@ class Args:
     log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
-    resume: str = ""  # folder of a run to go on from, with the flags that it was started with
+    resume: str = ""  # folder of a run to continue, with the flags that it was started with
     evaluate: str = ""  # folder of a run whose policy plays --eval-games games, without training
     runs_dir: str = "runs"  # where a new run makes its folder
-    tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+    tensorboard: bool = False  # copies both logs to the folder (needs the package tensorboard)
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps

@@ -6,7 +6,7 @@
   Train:   python soft_dqn.py --env-id ALE/Pong-v5  # takes 7 GB; over a day on two CPU cores
   Arms:    the six of Figure 2: --backup hard, alone and with --n-step 5, and --backup soft-entropy
            and --backup soft-kl, each with --tau 0.1 and --tau 0.01
-  Expect:  about 20 then, as published for DQN; README.md has what was measured with this file.
+  Expect:  a Pong score of about 20, as published for DQN; README.md has what was measured.
   Resume:  python soft_dqn.py --resume runs/Pong__soft_dqn__seed1__20260101-120000
   Shapes:  B windows of n steps a minibatch, from N environments; A actions, C slots of memory.
   Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
@@ -127,10 +127,10 @@ class Args:
     log_every: int = 10_000  # agent steps between rows of metrics.csv; 0: only at the end
     eval_every: int = 1_000_000  # agent steps between evaluations; 0: only at the end
     eval_games: int = 20  # full games of an evaluation, one environment each; 0: no evaluations
-    resume: str = ""  # folder of a run to go on from, with the flags that it was started with
+    resume: str = ""  # folder of a run to continue, with the flags that it was started with
     evaluate: str = ""  # folder of a run whose policy plays --eval-games games, without training
     runs_dir: str = "runs"  # where a new run makes its folder
-    tensorboard: bool = False  # mirror metrics.csv and eval.csv (needs the package tensorboard)
+    tensorboard: bool = False  # copies both logs to the folder (needs the package tensorboard)
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps

@@ -375,4 +375,6 @@ def build(out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "site", help="folder (default: site)")
-    build(parser.parse_args().out)
+    out = parser.parse_args().out
+    build(out)
+    print(f"wrote {out / 'index.html'}")
