@@ -22,8 +22,9 @@ import torch
 from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "paper")]
 import pgql_equiv  # noqa: E402
+import style  # noqa: E402
 from exact import MDP, Model  # noqa: E402
 
 TAUS = 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
@@ -120,20 +121,21 @@ def measure():
 
 def draw(rows):
     """results/gap/gap.png from the rows of gap.csv, as numbers."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    tau, *columns = (list(column) for column in zip(*rows))
-    for i, column in enumerate(columns[:SEEDS]):
-        ax.plot(tau, column, ":", color="0.5", lw=1, label="" if i else "a sample, 5 random MDPs")
-    ax.plot(tau, columns[-2], "o-", color="C0", label="a sample, Krull")
-    ax.plot(tau, columns[-1], "s--", color="C1", label="mean of 80 samples, Krull")
-    ax.axvline(0.01, color="0.7", lw=0.8)
-    ax.set(xscale="log", yscale="log", xlabel="tau", ylabel="gap / policy gradient",
-           title="soft Q-learning minus policy gradient")
-    ax.legend(fontsize=8)
-    figure.savefig(RESULTS / "gap.png", dpi=120, metadata={"Software": None})
+    figure, ((ax,),) = style.panels(1, 1, 4)
+    tau, *mdps, _, sample, batch = (list(column) for column in zip(*sorted(rows)))
+    for i, column in enumerate(mdps):
+        ax.plot(tau, column, ":", color=style.GRAY, lw=1,
+                label="_" if i else f"a sample, {SEEDS} random MDPs")
+    for k, (column, label) in enumerate(((sample, "a sample, Krull"),
+                                         (batch, "mean of 80 samples, Krull"))):
+        ax.plot(tau, column, style.MARKERS[k], color=style.STYLES[k][0], ls=style.STYLES[k][1],
+                label=label)
+    style.level(ax, 1, "the policy gradient itself")
+    ax.axvline(0.01, color="0.8", lw=1, zorder=0)
+    ax.text(0.0105, 0.02, "the paper's tau", color=style.GRAY, transform=ax.get_xaxis_transform())
+    ax.set(title="Gradient of soft Q-learning minus policy gradient", xscale="log", yscale="log",
+           xlabel="tau", ylabel="norm, relative to the policy gradient")
+    style.save(figure, RESULTS / "gap.png", width=18)
 
 if __name__ == "__main__":
     {("train",): train, (): measure}.get(tuple(sys.argv[1:]), lambda: sys.exit(__doc__))()

@@ -22,26 +22,28 @@ import torch
 from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "paper")]
 import a2c_proper  # noqa: E402
+import style  # noqa: E402
 
 GAME, GAMES, MARGIN = "ALE/Krull-v5", 20, 1.4
 RUNS, RESULTS = ROOT / "runs" / "krull", ROOT / "results" / "krull"
-PANELS = (("a2c_naive", "a2c_proper"), ("pgql_pg", "pgql_ql"),
-          ("soft_dqn_hard", "soft_dqn_entropy"), ("natural", "a2c_proper"))
+PANELS = (("Entropy as a bonus or in the returns", "a2c_naive", "a2c_proper"),
+          ("Policy gradient and soft Q-learning", "pgql_pg", "pgql_ql"),
+          ("Hard and soft targets of DQN", "soft_dqn_hard", "soft_dqn_entropy"),
+          ("Damped Q regression and A2C", "natural", "a2c_proper"))
+FLOAT32 = 2.0**-23  # its resolution: a smaller 1 - cosine is not seen
 # names of columns today, and what the logs of scripts up to commit 87654f8 have in their place
 OLD = dict(score=("last100_score_mean", "score_last100"), kl_natural=("kl_predicted",))
 
 @dataclasses.dataclass
 class Arm:
+    name: str  # for readers of the pictures
     script: str
     steps: int
     seeds: int
     flags: tuple = ()
     eval_every: int = 100_000
-
-    def __str__(self):
-        return " ".join((self.script, *self.flags[:4]))  # what sets it apart
 
 # 100,000 steps are too few for the schedules of a run of 10M. With a copy of the target every 2,000
 # steps rewards would be backed up 50 steps at the most; gamma 0.99 looks some hundred ahead, and
@@ -52,13 +54,14 @@ SHORT_DQN = ("--learning-starts", "5000", "--target-network-frequency", "1000", 
 HARD = ("--backup", "hard", "--n-step", "5", "--learning-rate", "5e-4")  # "standard, n=5"
 SOFT = ("--backup", "soft-entropy", "--n-step", "3", "--tau", "0.01", "--learning-rate", "2.5e-4")
 ARMS = {
-    "a2c_proper": Arm("a2c_proper.py", 300_000, 3),
-    "a2c_naive": Arm("a2c_naive.py", 300_000, 3),
-    "pgql_pg": Arm("pgql_equiv.py", 300_000, 3, ("--update", "pg")),
-    "pgql_ql": Arm("pgql_equiv.py", 300_000, 3, ("--update", "ql")),
-    "natural": Arm("natural_pg_damped.py", 300_000, 3),
-    "soft_dqn_hard": Arm("soft_dqn.py", 100_000, 3, (*HARD, *SHORT_DQN), 25_000),
-    "soft_dqn_entropy": Arm("soft_dqn.py", 100_000, 2, (*SOFT, *SHORT_DQN), 25_000),
+    "a2c_proper": Arm("EntRL (proper)", "a2c_proper.py", 300_000, 3),
+    "a2c_naive": Arm("A2C (naive)", "a2c_naive.py", 300_000, 3),
+    "pgql_pg": Arm("PG", "pgql_equiv.py", 300_000, 3, ("--update", "pg")),
+    "pgql_ql": Arm("QL", "pgql_equiv.py", 300_000, 3, ("--update", "ql")),
+    "natural": Arm("damped Q (section 5)", "natural_pg_damped.py", 300_000, 3),
+    "soft_dqn_hard": Arm("DQN, n=5", "soft_dqn.py", 100_000, 3, (*HARD, *SHORT_DQN), 25_000),
+    "soft_dqn_entropy": Arm("soft DQN, tau=0.01, n=3", "soft_dqn.py", 100_000, 2,
+                            (*SOFT, *SHORT_DQN), 25_000),
 }
 
 def columns(path, *names):
@@ -153,69 +156,74 @@ def report():
     return passed
 
 def panels(n, **flags):
-    """A figure with n panels side by side, and these."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, n, figsize=(4.5 * n, 4.2), layout="constrained", squeeze=False,
-                                **flags)
-    for ax in axes[0]:
-        ax.set_xlabel("agent steps (4 frames each)")
-    return figure, axes[0]
+    """A picture with n panels, two in a row, over the steps of runs."""
+    figure, axes = style.panels(n // 2, 2, 3.1 * n / 2, **flags)
+    for ax in axes[-1]:
+        ax.set_xlabel("thousand agent steps (4 frames each)")
+    return figure, axes.flat
 
-def save(figure, name):
-    for ax in figure.axes:  # above the panel, where the legend hides no point
-        ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
-    figure.savefig(RESULTS / f"{name}.png", dpi=120, metadata={"Software": None})
+def logs(arm, name, log="metrics.csv"):
+    """A column of the logs of an arm: a curve (thousand steps, values) for each seed."""
+    for path in sorted(RESULTS.glob(f"{arm}/seed*/{log}")):
+        x, y = columns(path, "step", name)
+        yield np.array(x) / 1e3, np.array(y)
 
 def draw_curves(base):
-    """results/krull/curves.png: mean of the last 100 games, by seed; evaluations as dots."""
+    """results/krull/curves.png: games of training, and the evaluations of each seed as dots."""
     figure, axes = panels(len(PANELS), sharey=True)
-    for ax, arms in zip(axes, PANELS):
-        for color, style, name in zip(("C0", "C1"), ("-", "--"), arms):
-            folders = sorted(RESULTS.glob(f"{name}/seed*"))
-            for i, folder in enumerate(folders):
-                label = None if i else f"{ARMS[name]}, {len(folders)} seeds"
-                ax.plot(*columns(folder / "metrics.csv", "step", "score"), style, lw=1.2,
-                        color=color, label=label)
-                ax.plot(*columns(folder / "eval.csv", "step", "score_mean"), "o", ms=4, color=color)
-        ax.axhline(base["random"], color="0.5", ls=":", label="random policy")
-    axes[0].set_ylim(0)
-    axes[0].set_ylabel("Krull: last 100 games in training; dots: evaluations")
-    save(figure, "curves")
+    for ax, (title, *arms) in zip(axes, PANELS):
+        for k, arm in enumerate(arms):
+            style.band(ax, k, ARMS[arm].name, *style.over_seeds(logs(arm, "score")))
+            for x, y in logs(arm, "score_mean", "eval.csv"):
+                style.dots(ax, k, x + (k - 0.5) * 0.025 * x[-1], y)  # side by side
+        style.level(ax, base["random"], f"random policy\n({base['random']:.0f})")
+        ax.set(title=title, xlim=0)
+    axes[0].set_ylim(0)  # and so all
+    for ax in axes[::2]:
+        ax.set_ylabel("score on Krull")
+    style.note(figure, "Lines: last 100 games of training, mean and range over the seeds. "
+                       "Dots: evaluations, one a seed.")
+    style.save(figure, RESULTS / "curves.png")
 
 def draw_gradients():
     """results/krull/gradients.png: how far apart the gradients of both rules are along the runs."""
     figure, (cosine, gap) = panels(2)
-    for color, arm in zip(("C0", "C1"), PANELS[1]):
-        flags = " ".join(ARMS[arm].flags)
-        for i, path in enumerate(sorted(RESULTS.glob(f"{arm}/seed*/metrics.csv"))):
-            rows = [row for row in zip(*columns(path, "step", "cosine", "gap", "gap_error"))
-                    if row[1] == row[1]]
-            step, *rest = map(list, zip(*rows))
-            first = "" if i else f"{flags}, {ARMS[arm].seeds} seeds"
-            cosine.plot(step, [1 - x for x in rest[0]], color=color, lw=1, label=first)
-            gap.plot(step, rest[1], color=color, lw=1, label=first and f"gap, {flags}")
-            gap.plot(step, rest[2], ":", color=color, lw=1, label=first and "gap_error")
-    cosine.set(ylabel="1 - cosine of the two gradients of a batch", yscale="log")
-    gap.set(ylabel="gap over norm of the policy gradient", yscale="log")
-    save(figure, "gradients")
+    for ax, column, label in ((cosine, "cosine", "{} runs"), (gap, "gap", "gap, {} runs"),
+                              (gap, "gap_error", "error, {} runs")):
+        for k, arm in enumerate(PANELS[1][1:]):
+            curves = [(x, np.log10(np.maximum(1 - y, FLOAT32) if ax is cosine else y))
+                      for x, y in logs(arm, column)]
+            x, *y = style.over_seeds(curves)
+            style.band(ax, k, label.format(ARMS[arm].name), x, *np.power(10, y))
+    style.level(cosine, 1, "orthogonal")
+    style.level(cosine, 1 - np.cos(np.pi / 180), "1 degree apart")
+    style.level(gap, 1, "policy gradient")
+    style.level(gap, FLOAT32, "float32 resolution")
+    cosine.set(title="Direction of the two gradients", ylabel="1 - cosine", yscale="log", xlim=0)
+    gap.set(title="Gap, and error of its closed form", yscale="log", xlim=0,
+            ylabel="relative to the policy gradient")
+    style.note(figure, "Each batch that was compared: geometric mean and range over the seeds.")
+    style.save(figure, RESULTS / "gradients.png")
 
 def draw_steps():
     """results/krull/natural.png: steps of the regression beside the natural gradient's."""
     figure, (direction, size) = panels(2)
-    for i, path in enumerate(sorted(RESULTS.glob("natural/seed*/metrics.csv"))):
-        names = "cosine", "cosine_fisher", "kl_measured", "kl_quadratic", "kl_natural"
-        rows = [row for row in zip(*columns(path, "step", *names)) if row[1] == row[1]]
-        step, cosine, cosine_fisher, *kls = map(list, zip(*rows))
-        for k, (y, label) in enumerate(((cosine, "in parameters"), (cosine_fisher, "in F_all"))):
-            direction.plot(step, y, "o-", ms=2, lw=1, color=f"C{k}", label="" if i else label)
-        for k, (y, label) in enumerate(zip(kls, ("moved", "1/2 d F_all d",
-                                                 "of the natural gradient step, 1/2 x F_all x"))):
-            size.plot(step, y, "o-", ms=2, lw=1, color=f"C{k}", label="" if i else label)
-    direction.set(ylabel="cosine with the natural gradient, 3 seeds", ylim=(0, 1))
-    size.set(ylabel="KL[pi_old || pi_new] of a step, 3 seeds", yscale="log")
-    save(figure, "natural")
+    for k, (column, label) in enumerate((("cosine_fisher", "in the Fisher metric"),
+                                         ("cosine", "in parameters"))):
+        style.band(direction, k, label, *style.over_seeds(logs("natural", column)))
+    style.level(direction, 1, "the same direction")
+    style.level(direction, 0, "orthogonal")
+    moved, predicted = (np.concatenate([y[y == y] for _, y in logs("natural", column)])
+                        for column in ("kl_measured", "kl_quadratic"))
+    style.dots(size, 0, predicted, moved)
+    ends = np.array([min(*moved, *predicted) / 2, max(*moved, *predicted) * 2])
+    size.plot(ends, ends, ":", color=style.GRAY, lw=1, label="as predicted", zorder=1)
+    direction.set(title="Step of the regression: direction", xlim=0, ylim=(-0.05, 1.05),
+                  ylabel="cosine with the natural gradient")
+    size.set(title="Its length: KL moved and predicted", xscale="log", yscale="log",
+             xlabel="predicted, 1/2 d F d (nats)", ylabel="moved, KL[old || new] (nats)")
+    style.note(figure, "Left: mean and range over the seeds. Right: a dot for each measured batch.")
+    style.save(figure, RESULTS / "natural.png")
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:

@@ -9,17 +9,18 @@ table depend on the collected CSVs alone, byte for byte.
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import style  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = json.loads(Path(__file__).with_name("grids.json").read_text())
 RESULTS = ROOT / "results" / "paper"
-# told apart by brightness and dashes, too, where colors are lost
-STYLES = [("#1f3f7f", "-"), ("#d95f02", "--"), ("#3a9c6b", "-."), ("#a9446f", ":"),
-          ("#7a7a7a", (0, (5, 1, 1, 1, 1, 1))), ("#c9a227", (0, (9, 3)))]
 POINTS = 201  # of a drawn curve
 RESAMPLES = 10_000  # of the bootstrap
 
@@ -131,44 +132,46 @@ def complete(rows):
 
 def picture(figure, rows):
     """The figure from the rows of its CSV: one panel a game, as in the paper."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    matplotlib.rcParams["svg.hashsalt"] = "figures"  # or every drawing has new names
     grid = GRIDS["figures"][figure]
     random, published = GRIDS["random"], GRIDS["published"][grid["published"]][0]
-    levels = {f"random, {random['source'].split(',')[0]}": random["scores"],
-              f"40M frames, {published['source'].split(' (')[0]}": published["scores"]}
     games = [game for game in GRIDS["games"] if any(row["game"] == game for row in rows)]
     across = min(3, len(games))
     down = math.ceil(len(games) / across)
-    drawn, axes = plt.subplots(down, across, squeeze=False, layout="constrained",
-                               figsize=(max(4.2 * across, 5.5), 3.2 * down + 0.9))
+    drawn, axes = style.panels(down, across, 4 if across == 1 else 2.4 * down + 1.5)
     for ax, game in zip(axes.flat, games):
-        lines = {(row["arm"], row["horizon"]): [] for row in rows if row["game"] == game}
+        lines = {}
         for row in rows:
             if row["game"] == game:
-                lines[row["arm"], row["horizon"]].append(
+                lines.setdefault((row["arm"], row["horizon"]), []).append(
                     [float(row[k]) for k in ("frames", "mean", "std")])
-        for arm, horizon in lines:
-            x, mean, std = np.array(lines[arm, horizon]).T
-            color, dashes = STYLES[list(grid["arms"]).index(arm)]
-            ax.plot(x / 1e6, mean, color=color, ls=dashes, lw=1.6, label=arm,
-                    marker="o" if len(x) == 1 else None)  # a line of one point is not seen
-            ax.fill_between(x / 1e6, mean - std, mean + std, color=color, alpha=0.2, lw=0)
-        for (label, scores), dots in zip(levels.items(), (":", "-")):
-            if game in scores:  # with both in sight, noise does not fill the panel
-                ax.axhline(scores[game], color="0.6", ls=dots, lw=1, label=label)
-        ax.set(title=game, xlabel="million frames")
-        ax.set_xlim(left=0)
+        for (arm, horizon), line in lines.items():
+            x, mean, std = np.array(line).T
+            name = "damped Q" if arm == "natural" else arm
+            if horizon != exact(grid["frames"]):
+                name += f", decays over {horizon}"
+            style.band(ax, list(grid["arms"]).index(arm), name, x / 1e6, mean, mean - std,
+                       mean + std)
+        # with both in sight, noise does not fill the panel
+        for of, name, dashes in ((random, "random policy", ":"),
+                                 (published, f"{grid['published']} after 40M frames", "--")):
+            if game in of["scores"]:
+                source = re.split(r",| \(", of["source"])[0]
+                style.level(ax, of["scores"][game], f"{name}\n({source})", dashes)
+        title = f"{game}: {grid['title']}" if across == 1 else game
+        ax.set(title=title, xlabel="million frames", xlim=0)
     for ax in axes.flat[len(games):]:
         ax.set_visible(False)
-    axes[0, 0].set_ylabel("evaluation score")
-    named = {label: handle for ax in axes.flat for handle, label in zip(
-        *ax.get_legend_handles_labels())}
-    named = {label: named[label] for label in [*grid["arms"], *levels] if label in named}
-    drawn.legend(named.values(), named, loc="outside lower center", ncols=min(across + 1, 3),
-                 frameon=False, handlelength=3.5)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("score")
+    seeds = max(int(row["seeds"]) for row in rows)
+    style.note(drawn, "Evaluations over full games, " + (
+        f"mean and standard deviation over {seeds} seeds." if seeds > 1 else "one seed."))
+    if across > 1:  # else the lines are named beside the panel
+        named = {label.replace("\n", " "): handle for ax in axes.flat for handle, label in zip(
+            *ax.get_legend_handles_labels())}
+        drawn.legend(named.values(), named, loc="outside upper center", frameon=False,
+                     ncols=math.ceil(len(named) / 3), handlelength=3, title=grid["title"],
+                     title_fontproperties=dict(weight="bold"))
     return drawn
 
 def draw(figure, results=RESULTS, out=None, extra=()):
@@ -187,9 +190,8 @@ def draw(figure, results=RESULTS, out=None, extra=()):
             writer.writeheader()
             writer.writerows(table)
     (out / f"scores{figure}.md").write_text("\n".join(score_table(figure, final)) + "\n")
-    drawn = picture(figure, rows)
-    drawn.savefig(out / f"figure{figure}.png", dpi=120, metadata={"Software": None})
-    drawn.savefig(out / f"figure{figure}.svg", metadata={"Date": None, "Creator": None})
+    style.save(picture(figure, rows), *(out / f"figure{figure}.{kind}" for kind in ("png", "svg")),
+               width=24)
     return [out / f"{name}{figure}.{kind}" for name, kind in (
         ("figure", "csv"), ("figure", "png"), ("figure", "svg"), ("scores", "csv"),
         ("scores", "md"))]
