@@ -3,6 +3,7 @@
     python benchmarks/gradient_gap.py train    seven short runs, one for each tau, in runs/gap;
                                                two of these at once share the work
     python benchmarks/gradient_gap.py          measures; writes results/gap (needs the extra "plot")
+    python benchmarks/gradient_gap.py draw     only its picture, again
 
 The gap between the gradients of ql_loss and pg_loss for a sample is of order tau and averages to
 nothing over actions. Its size is given relative to the policy gradient: the root mean square over
@@ -23,8 +24,9 @@ from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "paper")]
-import pgql_equiv  # noqa: E402
 import style  # noqa: E402
+
+import pgql_equiv  # noqa: E402
 from exact import MDP, Model  # noqa: E402
 
 TAUS = 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001
@@ -117,12 +119,13 @@ def measure():
     with open(RESULTS / "gap.csv", "w", newline="") as f:
         csv.writer(f).writerows([header, *([f"{x:.6g}" for x in row] for row in rows)])
     (RESULTS / "provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
-    draw(rows)
+    draw()
 
-def draw(rows):
-    """results/gap/gap.png from the rows of gap.csv, as numbers."""
+def draw():
+    """results/gap/gap.png from gap.csv."""
     figure, ((ax,),) = style.panels(1, 1, 4)
-    tau, *mdps, _, sample, batch = (list(column) for column in zip(*sorted(rows)))
+    rows = np.loadtxt(RESULTS / "gap.csv", delimiter=",", skiprows=1)
+    tau, *mdps, _, sample, batch = rows[rows[:, 0].argsort()].T
     for i, column in enumerate(mdps):
         ax.plot(tau, column, ":", color=style.GRAY, lw=1,
                 label="_" if i else f"a sample, {SEEDS} random MDPs")
@@ -138,4 +141,5 @@ def draw(rows):
     style.save(figure, RESULTS / "gap.png", width=18)
 
 if __name__ == "__main__":
-    {("train",): train, (): measure}.get(tuple(sys.argv[1:]), lambda: sys.exit(__doc__))()
+    commands = {("train",): train, (): measure, ("draw",): draw}
+    commands.get(tuple(sys.argv[1:]), lambda: sys.exit(__doc__))()

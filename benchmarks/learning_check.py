@@ -23,8 +23,9 @@ from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "paper")]
-import a2c_proper  # noqa: E402
 import style  # noqa: E402
+
+import a2c_proper  # noqa: E402
 
 GAME, GAMES, MARGIN = "ALE/Krull-v5", 20, 1.4
 RUNS, RESULTS = ROOT / "runs" / "krull", ROOT / "results" / "krull"
