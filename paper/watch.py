@@ -2,7 +2,7 @@
 
     pip install -e '.[watch]'
     python paper/watch.py runs/Breakout__a2c_proper__seed1__20260101-120000
-    python paper/watch.py runs/Breakout... --games 3 --seconds 120 --seed 1 --out breakout.mp4
+    python paper/watch.py runs/Breakout... --start 20 --seconds 15 --seed 1 --out breakout.mp4
 
 Beside the screen stand the policy that acts with the action it took, V(s), and the entropy of the
 policy, both with their last ten seconds. The run may be of any of the five scripts; it acts as in
@@ -15,6 +15,7 @@ same settings, seeds and actions; each step is checked to be the same in both. W
 import dataclasses
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +35,15 @@ STEPS_PER_SECOND = 15  # agent steps, 4 frames each, in a second of the game
 class Args:
     run: tyro.conf.Positional[str]  # folder of the run
     out: str = ""  # file to write, .gif or .mp4; default: step<k>_seed<k>.gif in the run's folder
-    seconds: float = 30.0  # at most so much of the game, 15 agent steps a second
+    start: float = 0.0  # seconds that are played before the film, 15 agent steps each
+    seconds: float = 30.0  # at most so much is filmed
     games: int = 1  # at most so many games
     seed: int = 0  # games and sampling noise derive from it
     scale: int = 2  # pixels of the film for one of the game's, each way
     fps: float = 15.0  # pictures per second, one for each agent step; 15 is real time
 
-LIMITS = dict(seconds=(0.1, 36_000), games=(1, 1e6), seed=(0, 2**32 - 1), scale=(2, 8), fps=(1, 50))
+LIMITS = dict(start=(0, 36_000), seconds=(0.1, 36_000), games=(1, 1e6), seed=(0, 2**32 - 1),
+              scale=(2, 8), fps=(1, 50))
 LONGEST_GIF = 300  # seconds; a GIF is held in memory until it is written
 
 # === the agent ===
@@ -141,15 +144,16 @@ class Film:
         from PIL import Image, ImageDraw, ImageFont
         self.Image, self.ImageDraw, args = Image, ImageDraw, agent.run.args
         self.scale, self.k = scale, scale / 2
-        self.font = {n: ImageFont.load_default(n * self.k) for n in (11, 13, 20)}
+        self.font = {n: ImageFont.load_default(n * self.k) for n in (12, 14, 20)}
         self.size = WIDTH * scale // 2, HEIGHT * scale // 2
         self.game = args.env_id[4:-3]
-        self.names = [action.name for action in agent.envs.envs.ale.get_action_set()]
+        self.names = [re.sub("(?<=.)(LEFT|RIGHT|FIRE)", r" \1", action.name).lower()
+                      for action in agent.envs.envs.ale.get_action_set()]
         arm = [f"{name} {getattr(args, name)}" for name in ARM if hasattr(args, name)
                and not (name == "tau" and getattr(args, "backup", "") == "hard")]
-        acts = f"epsilon-greedily, {args.eval_epsilon:g}" if "backup" in vars(args) else "by pi"
-        self.about = (f"{agent.script.__name__}: {', '.join(arm)}", f"after {agent.run.step:,} "
-                      f"agent steps of training, seed {agent.seed}; acts {acts}")
+        acts = f"epsilon {args.eval_epsilon:g}" if "backup" in vars(args) else "samples from pi"
+        self.about = (f"{agent.script.__name__}.py: {', '.join(arm)}", f"after {agent.run.step:,} "
+                      f"agent steps of training, seed {agent.seed}; {acts}")
         self.V, self.entropy = [], []  # so far
 
     def picture(self, moment):
@@ -159,7 +163,7 @@ class Film:
         large = screen.repeat(self.scale, 0).repeat(self.scale, 1)
         picture.paste(self.Image.fromarray(large), (int(MARGIN * self.k), int(TOP * self.k)))
         self.text(MARGIN, 8, self.game, TEXT, 20)
-        self.text(WIDTH / 2, 13, f"game {moment.game}, step {moment.length:,}", DIM, anchor="ma")
+        self.text(WIDTH / 2, 12, f"game {moment.game}, step {moment.length:,}", DIM, anchor="ma")
         self.text(RIGHT, 8, f"score {moment.score:,.0f}", TEXT, 20, "ra")
         for i, line in enumerate(self.about):
             self.text(MARGIN, 34 + 16 * i, line, DIM)
@@ -169,12 +173,12 @@ class Film:
         slack = max(0.0, 0.1 - (high - low)) / 2  # or a V that hardly moves would fill its frame
         middle = self.bars(moment) + MARGIN
         half = (HEIGHT - MARGIN - middle) / 2
-        self.curve(middle, half, "V(s)", self.V, low - slack, high + slack)
+        self.curve(middle, half, "value V(s), last 10 s", self.V, low - slack, high + slack)
         self.curve(middle + half, half, "entropy of pi, nats", self.entropy,
                    0, math.log(len(moment.pi)))
         return picture
 
-    def text(self, x, y, text, color, size=13, anchor="la"):
+    def text(self, x, y, text, color, size=14, anchor="la"):
         self.draw.text((x * self.k, y * self.k), text, color, self.font[size], anchor)
 
     def box(self, x0, y0, x1, y1, color):
@@ -188,12 +192,12 @@ class Film:
         row, x0, x1 = min(24, 252 / len(self.names)), LEFT + 112, RIGHT - 38
         for i, (name, p) in enumerate(zip(self.names, moment.pi.tolist())):
             y, color = TOP + 18 + i * row, TAKEN if i == moment.a else TEXT
-            self.text(LEFT + 10, y + row / 2, name, color, 11, "lm")
-            self.text(RIGHT, y + row / 2, f"{p:.3f}", color, 11, "rm")
+            self.text(LEFT + 10, y + row / 2, name, color, 12, "lm")
+            self.text(RIGHT, y + row / 2, f"{p:.3f}", color, 12, "rm")
             self.box(x0, y + 2, x1, y + row - 2, GRID)
             self.box(x0, y + 2, x0 + (x1 - x0) * p, y + row - 2, TAKEN if i == moment.a else BAR)
             if i == moment.a:
-                self.text(LEFT, y + row / 2, ">", TAKEN, 13, "lm")
+                self.text(LEFT, y + row / 2, ">", TAKEN, 14, "lm")
         return TOP + 18 + row * len(self.names)
 
     def curve(self, top, height, name, values, low, high):
@@ -201,14 +205,13 @@ class Film:
         last, right = 10 * STEPS_PER_SECOND, RIGHT - 50
         y0, y1 = top + 18, top + height - 6
         self.text(LEFT, top, name, DIM)
-        self.text(right, top, f"{values[-1]:.3f}", CURVE, 13, "ra")
+        self.text(right, top, f"{values[-1]:.3f}", CURVE, 14, "ra")
         self.box(LEFT, y0, right, y1, GRID)
-        self.text(RIGHT, y0 - 2, f"{high:.2f}", DIM, 11, "ra")
-        self.text(RIGHT, y1 + 2, f"{low:.2f}", DIM, 11, "rd")
-        points = [(right - 4 - (right - LEFT - 8) * i / last,
-                   y1 - 4 - (y1 - y0 - 8) * (v - low) / (high - low))
+        self.text(RIGHT, y0 - 2, f"{high:.2f}", DIM, 12, "ra")
+        self.text(RIGHT, y1 + 2, f"{low:.2f}", DIM, 12, "rd")
+        points = [(self.k * (right - 4 - (right - LEFT - 8) * i / last),
+                   self.k * (y1 - 4 - (y1 - y0 - 8) * (v - low) / (high - low)))
                   for i, v in enumerate(values[:-last - 1:-1])]
-        points = [(x * self.k, y * self.k) for x, y in points]
         self.draw.line(points, CURVE, round(2 * self.k), "curve")
 
 def write(pictures, size, out, fps):
@@ -253,9 +256,12 @@ def watch(args):
     out.touch()  # an error comes now rather than after the game
 
     def pictures():
-        for moment in moments(agent, round(args.seconds * STEPS_PER_SECOND), args.games):
+        start, end = (round(STEPS_PER_SECOND * x) for x in (args.start, args.start + args.seconds))
+        for t, moment in enumerate(moments(agent, end, args.games)):
             last[moment.game] = moment
-            yield film.picture(moment)
+            picture = film.picture(moment)
+            if t >= start:
+                yield picture
 
     write(pictures(), film.size, out, args.fps)
     for game, moment in last.items():

@@ -178,10 +178,11 @@ def test_films_end_after_games_or_seconds_and_seeds_differ(folder):
 def test_default_name_scale_and_video(folder, tmp_path, monkeypatch, capsys):
     """The film lies in the run's folder, and a game that it cuts off has no score."""
     monkeypatch.chdir(tmp_path)
-    assert len(call(monkeypatch, folder, "--seconds", 0.2)) == 3
+    assert len(call(monkeypatch, folder, "--start", 0.4, "--seconds", 0.2)) == 9
     out = capsys.readouterr().out
     assert "game 1, cut off by --seconds 0.2" in out and "game 1: score" not in out
-    assert Path(folder, "step60_seed0.gif").exists() and not list(tmp_path.iterdir())
+    with Image.open(Path(folder, "step60_seed0.gif")) as film:
+        assert film.n_frames == 3 and not list(tmp_path.iterdir())
     ffmpeg = pytest.importorskip("imageio_ffmpeg")
     call(monkeypatch, folder, "--seconds", 0.4, "--scale", 3, "--out", "x.mp4")
     assert ffmpeg.count_frames_and_secs("x.mp4") == (6, pytest.approx(0.4))
