@@ -128,18 +128,6 @@ def test_targets_and_loss_of_soft_dqn_are_finite(case):
 
 @examples
 @given(cases())
-def test_actions_are_actions(case):
-    """Also at a temperature that leaves one action, and with every Q the same."""
-    Q = case.normal(16, case.A)
-    noise = torch.empty_like(Q).exponential_(generator=case.generator)
-    drawn = [soft_dqn.boltzmann_sample(Q, case.tau, noise), soft_dqn.epsilon_greedy(Q, 0.5, noise)]
-    drawn += [script.sample(Q.log_softmax(-1), noise) for script in (pgql_equiv, npg)]
-    for a in drawn:
-        assert a.dtype == torch.int64 and a.shape == (16,) and 0 <= a.min() <= a.max() < case.A
-    assert torch.equal(soft_dqn.epsilon_greedy(Q, 0.0, noise), Q.argmax(-1))
-
-@examples
-@given(cases())
 def test_float32_agrees_with_float64(case):
     """To 64 roundings of the largest number that goes in: V_Q, tau log pi, KL, targets, returns."""
     results = []

@@ -120,16 +120,6 @@ def test_gradient_descent_on_the_loss_finds_the_optimal_q_of_value_iteration(dou
     assert L.item() > 0, "the minimum is the mean of different targets"
     assert (Q - best).abs().max() < (1e-3 if kind == "square" else 0.2)
 
-def test_loss_is_the_mean_of_half_the_square_or_hubers(double):
-    g = torch.Generator().manual_seed(0)
-    Q, y = 3 * torch.randn(50, 4, generator=g), torch.randn(50, generator=g)
-    a = torch.randint(4, (50,), generator=g)
-    error = [(Q[i, a[i]] - y[i]).abs() for i in range(50)]
-    square = sum(0.5 * e**2 for e in error) / len(error)
-    huber = sum(0.5 * e**2 if e < 1 else e - 0.5 for e in error) / len(error)
-    assert abs(soft_dqn.loss(Q, a, y, "square") - square) < 1e-12
-    assert abs(soft_dqn.loss(Q, a, y, "huber") - huber) < 1e-12 and max(error) > 2
-
 # --- the DQN underneath ---
 def test_adam_is_tensorflows_also_after_a_reload(double):
     """Against the formula, with the epsilon that is not corrected; torch.optim.Adam differs."""
