@@ -96,6 +96,21 @@ def test_the_printed_soft_targets_diverge_and_the_corrected_converge(double):
         again = r + gamma * soft_dqn.soft_value(Q, log_pi_bar, tau)[:, None]
         assert (Q - again).abs().max() < 1e-10 and printed.abs().max() > 1e12
 
+def test_large_q_over_tau_is_stable_in_float32():
+    Q = torch.tensor([[1e4, 1e4 - 2e-3, -1e4], [-1e4, -1e4, -1e4]], requires_grad=True)
+    tau, zero = 1e-3, torch.zeros(3)
+    V, log_pi = soft_dqn.soft_value(Q, zero, tau), soft_dqn.boltzmann(Q, zero, tau)
+    reference = tau * torch.logsumexp(Q.detach().double() / tau, -1)
+    assert (V - reference).abs().max() < 2e-3  # the spacing of float32 at 1e4 is 1e-3
+    exact = (Q.detach().double() / tau).log_softmax(-1)
+    near = exact > -1e3
+    assert ((log_pi - exact)[near]).abs().max() < 1e-5
+    assert (log_pi.exp().sum(-1) - 1).abs().max() < 1e-6
+    kl = soft_dqn.kl_divergence(log_pi, zero)
+    y = targets(torch.ones(2, 2), torch.zeros(2, 2), Q.expand(2, 2, 3), zero, tau, 0.99)
+    (V.sum() + kl.sum() + y.sum()).backward()
+    assert all(x.isfinite().all() for x in (V, log_pi, kl, y, Q.grad))
+
 @pytest.mark.parametrize("kind", ["square", "huber"])
 @pytest.mark.parametrize("backup", ["hard", "entropy", "kl"])
 def test_gradient_descent_on_the_loss_finds_the_optimal_q_of_value_iteration(double, backup, kind):
