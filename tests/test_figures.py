@@ -20,15 +20,6 @@ import plots
 TINY = ["--num-envs", "2", "--max-episode-frames", "200", "--eval-games", "2", "--eval-every",
         "100", "--log-every", "100", "--save-every", "100"]
 
-@pytest.fixture(autouse=True)
-def signals():
-    """main() sets handlers of signals for the process."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-
 def args(figure="1", tmp_path=Path("nowhere"), **flags):
     return figures.Args(figure, runs_dir=str(tmp_path / "runs"), device="cpu",
                         results_dir=str(tmp_path / "results"), **flags)
@@ -39,8 +30,12 @@ def called(monkeypatch, tmp_path, figure, *flags, extra=TINY):
             "--jobs", "2", "--runs-dir", str(tmp_path / "runs"), "--results-dir",
             str(tmp_path / "results"), *flags, "--", *extra]
     monkeypatch.setattr(sys, "argv", ["figures.py", *line])
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(SystemExit) as stop:
         figures.main()
+    for number, handler in zip(numbers, before):  # main() sets its own
+        signal.signal(number, handler)
     return int(stop.value.code)
 
 # the grids

@@ -11,43 +11,13 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from util import OWN, ROOT, TINY, checkpoint, equal, resumed, rows, tiny, trained, words
+from util import OWN, ROOT, TINY, at, checkpoint, equal, killed, resumed, rows, trained, words
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 def replay(script):
     """The flag with which a resumed run of soft_dqn equals an unbroken one."""
     return dict(save_replay=True) if hasattr(script.Args, "save_replay") else {}
-
-class Killed(BaseException):
-    pass
-
-@contextmanager
-def at(script, step, do):
-    """Calls do(run) when a row may be due, from that step on, once."""
-    log, called = script.Run.log, []
-
-    def watched(self, *args, **columns):
-        if self.step >= step and not called:
-            called.append(1)
-            do(self)
-        return log(self, *args, **columns)
-
-    script.Run.log = watched
-    try:
-        yield
-    finally:
-        script.Run.log = log
-
-def killed(script, folder, step, **flags):
-    """A run's folder as a kill leaves it at a step."""
-    def kill(run):
-        raise Killed
-
-    with at(script, step, kill), pytest.raises(Killed):
-        script.train(tiny(script, folder, **flags))
-    run, = folder.iterdir()
-    return run
 
 def leaves(tree, *path):
     """Yields (path, value) of a nested state."""
@@ -95,22 +65,6 @@ def test_without_its_memory_a_resumed_run_is_deterministic(tmp_path):
         soft_dqn.train(resumed(soft_dqn, copy))
     assert rows(copies[0]) == rows(copies[1]) and rows(copies[0])[-1]["step"] == "140"
     assert equal(*(parts(soft_dqn, copy) for copy in copies))
-
-def test_a_cut_game_is_paid_the_value_of_its_last_observation(a2c, tmp_path, monkeypatch):
-    """gamma V is in the reward of each cut step, and there is nothing but signs in the others."""
-    losses, recv, rewards, cut = a2c.losses, a2c.Atari.recv, [], []
-
-    def watched(self):
-        result = recv(self)
-        cut.append(result[3].clone())
-        return result
-
-    monkeypatch.setattr(a2c, "losses", lambda log_pi, V, a, r, *rest: (
-        rewards.append(r.clone()), losses(log_pi, V, a, r, *rest))[1])
-    monkeypatch.setattr(a2c.Atari, "recv", watched)
-    trained(a2c, tmp_path, env_id="ALE/Pong-v5", max_episode_frames=120)
-    r, cut = torch.cat(rewards), torch.stack(cut)
-    assert cut.sum() > 4 and torch.equal(r != r.sign(), cut)
 
 # --- resume ---
 def test_an_evaluation_that_is_interrupted_is_due_in_the_resumed_run(four, tmp_path, command):

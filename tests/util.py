@@ -1,8 +1,10 @@
 """Tiny runs, and what they leave in their folders."""
 import csv
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,36 @@ def resumed(script, folder, **flags):
 def trained(script, folder, **flags):
     """Trains a tiny run, the only one below the folder; returns the run's own folder."""
     script.train(tiny(script, folder, **flags))
+    run, = Path(folder).iterdir()
+    return run
+
+class Killed(BaseException):
+    pass
+
+@contextmanager
+def at(script, step, do):
+    """Calls do(run) when a row may be due, from that step on, once."""
+    log, called = script.Run.log, []
+
+    def watched(self, *args, **columns):
+        if self.step >= step and not called:
+            called.append(1)
+            do(self)
+        return log(self, *args, **columns)
+
+    script.Run.log = watched
+    try:
+        yield
+    finally:
+        script.Run.log = log
+
+def killed(script, folder, step, **flags):
+    """A run's folder as a kill leaves it at a step."""
+    def kill(run):
+        raise Killed
+
+    with at(script, step, kill), pytest.raises(Killed):
+        script.train(tiny(script, folder, **flags))
     run, = Path(folder).iterdir()
     return run
 
