@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from conftest import SCRIPTS
-from util import ROOT, rows, trained
+from util import ROOT, trained
 
 PAGES = [*ROOT.glob("*.md"), *(p for of in ("paper", "results", "benchmarks")
                                for p in ROOT.glob(f"{of}/*.md"))]

@@ -125,7 +125,7 @@ def test_mixing_the_conventions_costs_tau_log_a_times_grad_v(double):
         kl = batch_of(mdp, model, s, a, uniform)
         mixed = kl._replace(log_ratio=kl.log_pi)
         pg, ql, cost = gradients(kl, p, model, losses=(
-            pg_loss, lambda _, *rest: ql_loss(mixed, *rest),
+            pg_loss, lambda _, *rest, mixed=mixed: ql_loss(mixed, *rest),
             lambda x, tau, c: -c * tau * math.log(2) * x.V))
         assert (ql - pg - cost).abs().max() < 1e-12 and cost.norm() > 1e-2
         for log_pi_bar in (uniform, torch.tensor(0.0)):  # either by itself is exact
