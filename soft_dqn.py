@@ -332,8 +332,8 @@ class QNetwork(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, obs):  # (..., 4, 84, 84) uint8 -> Q(s, .) (..., A)
-        x = obs.flatten(end_dim=-4).contiguous(memory_format=torch.channels_last) / 255
-        return self.Q(x).unflatten(0, obs.shape[:-3])
+        x = obs.flatten(end_dim=-4).contiguous(memory_format=torch.channels_last).float()
+        return self.Q(x.div_(255)).unflatten(0, obs.shape[:-3])
 
 class AdamTF(torch.optim.Adam):
     """Adam as TensorFlow 1 computed it: epsilon is added to the root before its bias is corrected.
