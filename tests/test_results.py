@@ -56,6 +56,11 @@ def test_scores_of_the_learning_check_are_the_committed_ones():
         assert len(runs) >= 2
         assert all((run / "args.json").exists() for run in runs)
 
+def test_the_quick_start_ended_as_the_readme_says():
+    row, = table(ROOT / "results" / "quickstart" / "eval.csv")
+    end = f"{row['score_mean']:.1f} +- {row['score_std']:.1f} in {row['games']:.0f}"
+    assert f"`score {end} games`" in text("README.md") and row["step"] == 100_000
+
 def test_gradients_of_the_committed_runs_are_as_far_apart_as_the_pages_say():
     """cosine >= 0.9988, gap 0.0004 to 0.05, error below 3.5e-6, on 180 batches."""
     runs = list(KRULL.glob("pgql_*/seed*/metrics.csv"))
