@@ -21,6 +21,7 @@ from pathlib import Path
 from subprocess import getoutput as sh
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep
 import ale_py
 import gymnasium as gym
 import numpy as np

@@ -24,6 +24,12 @@ def test_a_script_imports_five_packages_and_no_file_of_ours(script):
     assert not top & {"fcntl", "resource", "termios", "pwd"}, "not on Windows"
     assert not lazy, "an extra is imported behind its flag, through one of the five"
 
+def test_threads_are_told_to_sleep_before_torch_starts_them(script):
+    """On a busy machine those that spin slow everything down: benchmarks/README.md."""
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    set_at = source.index('os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")')
+    assert set_at < min(source.index(f"import {name}") for name in ALLOWED)
+
 def imported(node):
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
