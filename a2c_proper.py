@@ -95,7 +95,7 @@ class Args:
     resume: str = ""  # folder of a run to continue, with the flags that it was started with
     evaluate: str = ""  # folder of a run whose policy plays --eval-games games, without training
     runs_dir: str = "runs"  # where a new run makes its folder
-    tensorboard: bool = False  # copies both logs to the folder (needs the package tensorboard)
+    tensorboard: bool = False  # TensorBoard files in the run's folder, too (needs tensorboard)
 
     def __post_init__(self):
         self.schedule_timesteps = self.schedule_timesteps or self.total_timesteps

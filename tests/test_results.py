@@ -60,6 +60,8 @@ def test_the_quick_start_ended_as_the_readme_says():
     row, = table(ROOT / "results" / "quickstart" / "eval.csv")
     end = f"{row['score_mean']:.1f} +- {row['score_std']:.1f} in {row['games']:.0f}"
     assert f"`score {end} games`" in text("README.md") and row["step"] == 100_000
+    film = column(ROOT / "results" / "film" / "eval.csv", "score_mean")[-1]
+    assert f"It scores {film:.0f} " in text("README.md")
 
 def test_gradients_of_the_committed_runs_are_as_far_apart_as_the_pages_say():
     """cosine >= 0.9988, gap 0.0004 to 0.05, error below 3.5e-6, on 180 batches."""
@@ -149,6 +151,11 @@ def test_gap_table_of_the_equations_page_is_the_committed_one():
 def test_throughput_tables_are_those_of_the_committed_measurements():
     page, throughput = (ROOT / "benchmarks" / "README.md").read_text(), loaded("throughput")
     rows = {path.stem: table(path) for path in (ROOT / "results" / "throughput").glob("*.csv")}
+    for beside, of in (("nothing", "{:.0f}, {:.0f}\nand {:.0f}"), ("two", "{:.0f} and {:.0f}")):
+        for policy in ("spin", "PASSIVE"):
+            speeds = [row["steps_per_s"] for row in rows["wait_policy"]
+                      if row["policy"] == policy and row["beside"].startswith(beside)]
+            assert " ".join(of.format(*speeds).split()) in " ".join(page.split())
     for name in ("a2c_cpu", "dqn_cpu"):
         names = list(dict.fromkeys(row["contestant"] for row in rows[name]))
         for line in throughput.table(rows[name], names):
