@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,42 +131,56 @@ def complete(rows):
     return sum(int(row["seeds"]) for row in rows if int(row["frames"]) >= int(row["of_frames"])
                and row["horizon"] == exact(int(row["of_frames"])))
 
-def picture(figure, rows):
-    """The figure from the rows of its CSV: one panel a game, as in the paper."""
-    grid = GRIDS["figures"][figure]
+def panel(ax, figure, game, rows):
+    """The curves of a game, between the scores of a random policy and a published one."""
+    grid, lines = GRIDS["figures"][figure], {}
     random, published = GRIDS["random"], GRIDS["published"][grid["published"]][0]
+    for row in rows:
+        if row["game"] == game:
+            lines.setdefault((row["arm"], row["horizon"]), []).append(
+                [float(row[k]) for k in ("frames", "mean", "std")])
+    for (arm, horizon), line in lines.items():
+        x, mean, std = np.array(line).T
+        name = "damped Q" if arm == "natural" else arm
+        if horizon != exact(grid["frames"]):
+            name += f", decays over {horizon}"
+        style.band(ax, list(grid["arms"]).index(arm), name, x / 1e6, mean, mean - std, mean + std)
+    # with both in sight, noise does not fill the panel
+    for of, name, dashes in ((random, "random policy", ":"),
+                             (published, f"{grid['published']} after 40M frames", "--")):
+        if game in of["scores"]:
+            source = re.split(r",| \(", of["source"])[0]
+            style.level(ax, of["scores"][game], f"{name}\n({source})", dashes)
+    ax.set(xlabel="million frames", xlim=0)
+
+def picture(figure, rows, gradients):
+    """The figure from the rows of its CSV: one panel a game, as in the paper.
+
+    gradients are the arms of pgql_equiv.py with their logs; with a single game two more panels show
+    how far apart the gradients of both rules are.
+    """
+    grid = GRIDS["figures"][figure]
     games = [game for game in GRIDS["games"] if any(row["game"] == game for row in rows)]
+    more = 2 if gradients and len(games) == 1 else 0
     across = min(3, len(games))
-    down = math.ceil(len(games) / across)
-    drawn, axes = style.panels(down, across, 4 if across == 1 else 2.4 * down + 1.5)
+    down = math.ceil(len(games) / across) + more
+    height = 2.4 * down + 1.5 if across > 1 or more else 4
+    drawn, axes = style.panels(down, across, height, sharex=more > 0)
     for ax, game in zip(axes.flat, games):
-        lines = {}
-        for row in rows:
-            if row["game"] == game:
-                lines.setdefault((row["arm"], row["horizon"]), []).append(
-                    [float(row[k]) for k in ("frames", "mean", "std")])
-        for (arm, horizon), line in lines.items():
-            x, mean, std = np.array(line).T
-            name = "damped Q" if arm == "natural" else arm
-            if horizon != exact(grid["frames"]):
-                name += f", decays over {horizon}"
-            style.band(ax, list(grid["arms"]).index(arm), name, x / 1e6, mean, mean - std,
-                       mean + std)
-        # with both in sight, noise does not fill the panel
-        for of, name, dashes in ((random, "random policy", ":"),
-                                 (published, f"{grid['published']} after 40M frames", "--")):
-            if game in of["scores"]:
-                source = re.split(r",| \(", of["source"])[0]
-                style.level(ax, of["scores"][game], f"{name}\n({source})", dashes)
-        title = f"{game}: {grid['title']}" if across == 1 else game
-        ax.set(title=title, xlabel="million frames", xlim=0)
-    for ax in axes.flat[len(games):]:
+        panel(ax, figure, game, rows)
+        ax.set_title(f"{game}: {grid['title']}" if across == 1 else game)
+    for ax in axes.flat[len(games) + more:]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("score")
+    if more:
+        axes[0, 0].set_xlabel("")
+        style.gradients(axes[1, 0], axes[2, 0], gradients)
+        axes[2, 0].set_xlabel("million frames")
     seeds = max(int(row["seeds"]) for row in rows)
     style.note(drawn, "Evaluations over full games, " + (
-        f"mean and standard deviation over {seeds} seeds." if seeds > 1 else "one seed."))
+        f"mean and standard deviation over {seeds} seeds." if seeds > 1 else "one seed.")
+        + " Gradients: each batch that was compared." * (more > 0))
     if across > 1:  # else the lines are named beside the panel
         named = {label.replace("\n", " "): handle for ax in axes.flat for handle, label in zip(
             *ax.get_legend_handles_labels())}
@@ -173,6 +188,22 @@ def picture(figure, rows):
                      ncols=math.ceil(len(named) / 3), handlelength=3, title=grid["title"],
                      title_fontproperties=dict(weight="bold"))
     return drawn
+
+def compared(figure, results, extra=()):
+    """Of the arms of pgql_equiv.py: {number of the arm: (name, function of a column's curves)}."""
+    arms, folders = GRIDS["figures"][figure]["arms"], {}
+    for (_, arm, _), of in runs(figure, results, extra).items():
+        if arms[arm][0] == "pgql_equiv.py":
+            folders.setdefault(arm, []).extend(folder for _, folder in of)
+
+    def logs(arm, name):
+        for folder in folders[arm]:
+            with open(folder / "metrics.csv", newline="") as f:
+                rows = [(float(row["step"]), float(row[name])) for row in csv.DictReader(f)]
+            x, y = np.array(rows).reshape(-1, 2).T
+            yield 4 * x / 1e6, y
+
+    return {list(arms).index(arm): (arm, partial(logs, arm)) for arm in folders}
 
 def draw(figure, results=RESULTS, out=None, extra=()):
     """Writes what the module's docstring lists to the folder `out`; returns the paths.
@@ -190,7 +221,8 @@ def draw(figure, results=RESULTS, out=None, extra=()):
             writer.writeheader()
             writer.writerows(table)
     (out / f"scores{figure}.md").write_text("\n".join(score_table(figure, final)) + "\n")
-    style.save(picture(figure, rows), *(out / f"figure{figure}.{kind}" for kind in ("png", "svg")),
+    drawn = picture(figure, rows, compared(figure, results, extra))
+    style.save(drawn, *(out / f"figure{figure}.{kind}" for kind in ("png", "svg")),
                width=24)
     return [out / f"{name}{figure}.{kind}" for name, kind in (
         ("figure", "csv"), ("figure", "png"), ("figure", "svg"), ("scores", "csv"),

@@ -12,6 +12,7 @@ STYLES = [("#1f2f5f", "-"), ("#dd7711", (0, (5, 1.5))), ("#a8326a", "-."), ("#4f
           ("#2f8f5b", (0, (5, 1, 1, 1, 1, 1))), ("#8a8a8a", (0, (9, 3)))]
 MARKERS = "oD^svP"
 GRAY = "0.35"
+FLOAT32 = 2.0**-23  # its resolution: a smaller 1 - cosine is not seen
 RC = {"font.size": SIZE, "axes.titlesize": 10, "axes.titlelocation": "left",
       "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
       "axes.edgecolor": "0.6", "axes.linewidth": 0.8, "xtick.color": "0.6", "ytick.color": "0.6",
@@ -44,6 +45,27 @@ def band(ax, k, label, x, middle, low, high):
     ax.plot(x, middle, color=color, ls=dashes, label=label,
             marker=MARKERS[k] if len(x) == 1 else None)
     ax.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+
+def gradients(cosine, gap, runs):
+    """Two panels: how far apart the gradients of both rules of pgql_equiv.py are along its runs.
+
+    runs: by the number of its style, the name of a rule and a function that returns the curves
+    (x, y) of a column.
+    """
+    for ax, column, label in ((cosine, "cosine", "{} runs"), (gap, "gap", "gap, {} runs"),
+                              (gap, "gap_error", "error, {} runs")):
+        for k, (name, logs) in runs.items():
+            curves = [(x, np.log10(np.maximum(1 - y, FLOAT32) if ax is cosine else y))
+                      for x, y in logs(column)]
+            x, *y = over_seeds(curves)
+            band(ax, k, label.format(name), x, *np.power(10, y))
+    level(cosine, 1, "orthogonal")
+    level(cosine, 1 - np.cos(np.pi / 180), "1 degree apart")
+    level(gap, 1, "policy gradient")
+    level(gap, FLOAT32, "float32 resolution")
+    cosine.set(title="Direction of the two gradients", ylabel="1 - cosine", yscale="log")
+    gap.set(title="Gap, and error of its closed form", yscale="log",
+            ylabel="relative to the\npolicy gradient")
 
 def dots(ax, k, x, y):
     """Points in the k-th style."""
