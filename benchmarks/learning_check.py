@@ -49,8 +49,8 @@ class Arm:
 
 # 100,000 steps are too few for the schedules of a run of 10M. With a copy of the target every 2,000
 # steps rewards would be backed up 50 steps at the most; gamma 0.99 looks some hundred ahead, and
-# targets of several steps bring rewards there faster. The seeds on which settings were tried, 1, 2 and
-# 11 (benchmarks/README.md), are left out.
+# targets of several steps bring rewards there faster. Settings were tried on seeds 1, 2 and 11 (see
+# benchmarks/README.md), which are left out.
 SHORT_DQN = ("--learning-starts", "5000", "--target-network-frequency", "1000", "--buffer-size",
              "100000")
 HARD = ("--backup", "hard", "--n-step", "5", "--learning-rate", "5e-4")  # "standard, n=5"
