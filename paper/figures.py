@@ -3,20 +3,15 @@
     python paper/figures.py 1                                            # all of it: a grid of days
     python paper/figures.py 1 --games pong --seeds 1 --frames 10M        # a part of it
     python paper/figures.py 1 --status                                   # the grid so far
-    python paper/figures.py 1 --dry-run                                  # its commands, one a line
-    python paper/figures.py 1 --cell 7                                   # the 7th of these lines
-    python paper/figures.py 1 --draw                                     # only collect and draw
+    python paper/figures.py 1 --cell 7                                   # 7th line of --dry-run
     python paper/figures.py 2 --engine ray --address auto                # on a Ray cluster
     python paper/figures.py 1 --frames 1M -- --num-envs 8                # flags for every script
 
-grids.json holds the grids. A cell of one is an arm, a game and a seed; it is a run of its script,
-as a user starts it, in a folder named after these and the horizon. What has finished, with its last
-evaluation, is not run again, what was cut off resumes, what fails is reported and does not stop the
-rest. With fewer --frames the decays keep the horizon of the figure, so that a later call with more
-of them goes on.
-
-Ctrl-C or SIGTERM ends the runs too, which save first. The CSVs of all runs so far are copied to
---results-dir, and the figure is drawn from what lies there (extra "plot").
+A cell of a grid (grids.json) is an arm, a game and a seed: one run of a script. What has finished,
+with its last evaluation, is not run again, what was cut off resumes, and what fails is reported and
+does not stop the rest. With fewer --frames the decays keep the figure's horizon, and a later call
+with more goes on. Ctrl-C or SIGTERM ends the runs too, which save first. The figure is drawn (extra
+"plot") from the CSVs of all runs so far, which are copied to --results-dir.
 """
 import ctypes
 import dataclasses
@@ -27,27 +22,24 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict, namedtuple
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
+import plots
 import tyro
+from plots import GRIDS, arm_folder, exact, short
 
-try:
+if os.name == "posix":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "paper"))
-import plots  # noqa: E402
-from plots import GRIDS, arm_folder, exact, short  # noqa: E402
-
 ORPHAN_SECONDS = 60  # that a run whose starter was killed may take to save and end
-LATELY = 300  # seconds
 RETRIES = 20  # of a run whose worker, node or process was lost, with Ray
 
 @dataclasses.dataclass
@@ -71,32 +63,9 @@ class Args:
     runs_dir: str = "runs/paper"  # where the runs are
     results_dir: str = "results/paper"  # where CSVs are collected and the figure is drawn
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of a grid."""
-    arm: str
-    game: str
-    seed: int
-    steps: int  # agent steps, 4 frames each
-    horizon: int  # emulator frames
-    command: tuple  # script and flags of the arm, then those of the user
-    eval_every: int  # agent steps
-    runs_dir: str  # relative to the repository, or absolute
-
-    @property
-    def place(self):
-        """Its folder below --runs-dir and --results-dir; an arm of two figures is run once."""
-        return Path(arm_folder(self.command), self.game, exact(self.horizon), f"seed{self.seed}")
-
-    @property
-    def folder(self):
-        return ROOT / self.runs_dir / self.place
-
-    def __str__(self):
-        return f"{self.arm}, {self.game}, seed {self.seed}"
-
-class Refused(Exception):
-    """What the user can put right, in one sentence."""
+# One run of a grid, of so many agent steps, in a folder: its place below --runs-dir, and below
+# --results-dir. An arm of two figures has one place and is run once.
+Cell = namedtuple("Cell", "arm game steps place folder script flags")
 
 # === the grid ===
 def number(text):
@@ -104,82 +73,72 @@ def number(text):
     found = re.fullmatch(r"(\d*\.?\d+)([kmb]?)", text.lower())
     frames = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2]] if found else 0.0
     if frames < 4 or not frames.is_integer():
-        raise Refused(f"{text} is no number of frames; write 2500000, 2.5M or 300k")
+        raise ValueError(f"{text} is no number of frames; write 2500000, 2.5M or 300k")
     return int(frames)
 
 def pick(flag, names, known):
-    """Of the known names those that were asked for, in any case; all of them where none was."""
-    found = {x.lower(): x for x in known}
-    for x in names:
-        if x.lower() not in found:
-            raise Refused(f"{flag} {x}: the figure has {', '.join(known)}")
-    return [found[x.lower()] for x in names] or list(known)
+    """The known names that were asked for, in any case; all of them where none was."""
+    asked = {x.lower() for x in names or known}
+    if asked - {x.lower() for x in known}:
+        raise ValueError(f"{flag} {' '.join(names)}: the figure has {', '.join(known)}")
+    return [x for x in known if x.lower() in asked]
 
 def cells(args, extra=()):
     """The cells of a figure, in the order in which they are run: one seed of all arms first."""
-    grid = GRIDS["figures"][args.figure]
-    games = pick("--games", args.games, GRIDS["games"])
-    arms = pick("--arms", args.arms, grid["arms"])
+    grid, found = GRIDS["figures"][args.figure], []
     for name in ("seeds", "jobs", "threads", "cell"):
         if getattr(args, name) < 0:
-            raise Refused(f"--{name} {getattr(args, name)}: 0 or more")
-    frames, horizon = (number(text) if text else grid["frames"]
-                       for text in (args.frames, args.horizon))
+            raise ValueError(f"--{name} {getattr(args, name)}: 0 or more")
+    frames = number(args.frames or str(grid["frames"]))
+    horizon = number(args.horizon or str(grid["frames"]))
     if frames > horizon:
-        raise Refused(f"--frames {exact(frames)} is more than --horizon {exact(horizon)}")
+        raise ValueError(f"--frames {exact(frames)} is more than --horizon {exact(horizon)}")
     every = min(grid["eval_every"], max(4, frames // 10)) // 4
-    runs_dir = Path(args.runs_dir).resolve()
-    runs_dir = str(runs_dir.relative_to(ROOT) if ROOT in runs_dir.parents else runs_dir)
-    grid = [Cell(arm, game, seed, frames // 4, horizon, (*grid["arms"][arm], *extra), every,
-                 runs_dir)
-            for seed in range(1, 1 + (args.seeds or grid["seeds"])) for game in games
-            for arm in arms]
-    if args.cell > len(grid):
-        raise Refused(f"--cell {args.cell}: there are {len(grid)}")
-    return grid[args.cell - 1:args.cell] if args.cell else grid
+    games = pick("--games", args.games, GRIDS["games"])
+    arms = pick("--arms", args.arms, grid["arms"])
+    for seed, game, arm in product(range(1, 1 + (args.seeds or grid["seeds"])), games, arms):
+        script, *flags = *grid["arms"][arm], *extra
+        place = Path(arm_folder((script, *flags)), game, exact(horizon), f"seed{seed}")
+        below = os.path.relpath(Path(args.runs_dir, place), ROOT)
+        flags = ("--env-id", f"ALE/{game}-v5", "--seed", str(seed), "--total-timesteps",
+                 str(frames // 4), "--schedule-timesteps", str(horizon // 4), "--eval-every",
+                 str(every), "--runs-dir", below, *flags)
+        found.append(Cell(arm, game, frames // 4, place, ROOT / below, script, flags))
+    if args.cell > len(found):
+        raise ValueError(f"--cell {args.cell}: there are {len(found)}")
+    return found[args.cell - 1:args.cell] if args.cell else found
 
 def last(log, column):
-    """A number in the last whole row of a CSV, NaN if there is none."""
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    rows = [line.split(",") for line in lines]
-    return float(rows[-1][rows[0].index(column)]) if len(rows) > 1 else math.nan
+    """A number in the last whole row of a CSV, 0 if there is none."""
+    rows = [line.split(",") for line in log.read_text().split("\n")[:-1]]
+    return float(rows[-1][rows[0].index(column)]) if len(rows) > 1 else 0.0
 
-def finished(cell, run="*"):
-    """Whether a run of the cell, any or the named one, has evaluated what it ended with."""
-    return any(last(log, "step") >= cell.steps for log in cell.folder.glob(f"{run}/eval.csv"))
+def finished(cell):
+    """The folder of a run that has evaluated what it ended with, None if there is none."""
+    logs = cell.folder.glob("*/eval.csv")
+    return next((log.parent for log in logs if last(log, "step") >= cell.steps), None)
 
 def run_folder(cell):
     """The run that has finished, else the newest with a checkpoint to go on from, else None."""
-    found = sorted(log.parent for log in cell.folder.glob("*/eval.csv"))  # their names have times
-    checkpoint = f"{Path(cell.command[0]).stem}.pt"
-    fit = [folder for folder in found if finished(cell, folder.name)] or [
-        folder for folder in found if (folder / checkpoint).exists()]
-    return fit[-1] if fit else None
+    saved = cell.folder.glob(f"*/{Path(cell.script).stem}.pt")
+    return finished(cell) or max((path.parent for path in saved), default=None)  # named by time
 
 def command_of(cell, threads, device):
     """Script and flags that start a cell's run or go on with it, from the repository's folder."""
-    script, *flags = cell.command
-    below, old = Path(cell.runs_dir) / cell.place, run_folder(cell)
-    resume = ["--resume", str(below / old.name)] if old else []  # the other flags are the run's
-    return [script, "--env-id", f"ALE/{cell.game}-v5", "--seed", str(cell.seed),
-            "--total-timesteps", str(cell.steps), "--schedule-timesteps", str(cell.horizon // 4),
-            "--eval-every", str(cell.eval_every), "--threads", str(threads), "--device", device,
-            "--runs-dir", str(below), *flags, *resume]
+    old = run_folder(cell)
+    return [cell.script, "--threads", str(threads), "--device", device, *cell.flags,
+            *(["--resume", os.path.relpath(old, ROOT)] if old else [])]
 
 # === one run ===
 def start(cell, threads, device):
-    """Starts a cell's run, with its output in log.txt; None if another process is training there.
-
-    The run inherits the lock of log.txt and holds it to its end. If this process is killed, the run
-    is told to save and end (on Linux), and whoever takes over waits for that.
-    """
+    """Starts a cell's run, which locks log.txt to its end; None if another process holds that."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     linux = {}
-    if sys.platform == "linux":  # SIGTERM when the parent is gone: PR_SET_PDEATHSIG
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: where its parent is killed, it saves and ends
         linux = dict(preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
     until = time.monotonic() + ORPHAN_SECONDS
     with open(cell.folder / "log.txt", "ab") as log:
-        while fcntl:
+        while os.name == "posix":
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -200,57 +159,8 @@ def outcome(cell, process):
         return "done"
     if code < 0 or code > 128:
         return "cut off"
-    lines = (cell.folder / "log.txt").read_text(errors="replace").split("\n")
-    lines = [line.strip() for line in lines if line.strip()]
-    return f"failed: {lines[-1] if lines else f'exit code {code}'}"
-
-# === engines ===
-class Local:
-    """Runs cells as processes of this machine, as many at once as cores and memory allow."""
-    def __init__(self, args, todo):
-        self.device, free = args.device, free_gib()
-        if args.device != "cpu":
-            import torch
-            self.device = "cuda" if args.device == "cuda" or torch.cuda.is_available() else "cpu"
-            free = torch.cuda.mem_get_info()[0] / 2**30 if self.device == "cuda" else free
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        # a learner on a GPU leaves its cores to the emulator, of which four keep it busy
-        most = cores // 4 if self.device == "cuda" else cores
-        self.jobs = args.jobs or int(max(1, min(most, free / memory_gib(todo, self.device))))
-        self.threads = args.threads or max(1, cores // self.jobs)
-
-    def run(self, todo, show):
-        """Runs cells; show(states) is called now and then. Returns the outcome of each cell."""
-        states, queue, running = dict.fromkeys(todo, "left"), list(todo), {}
-        try:
-            while queue or running:
-                while queue and len(running) < self.jobs:
-                    cell = queue.pop(0)
-                    running[cell] = start(cell, self.threads, self.device)
-                    states[cell] = "running"
-                for cell, process in list(running.items()):
-                    if process is None or process.poll() is not None:
-                        states[cell] = outcome(cell, running.pop(cell))
-                show(states)
-                time.sleep(0.2)
-        finally:  # where a signal or an error has ended the loop, runs save and end
-            for process in filter(None, running.values()):
-                # a job scheduler may have sent them SIGTERM, of which a second one would kill them
-                process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-            states |= {cell: outcome(cell, process) for cell, process in running.items()}
-            show(states)
-        return states
-
-def memory_gib(todo, device):
-    """What the largest of some runs needs."""
-    needs = GRIDS["memory_gib"][device]
-    return max(needs.get(cell.command[0], needs["other"]) for cell in todo)
-
-def free_gib():
-    """Memory of this machine that could be taken now, where Linux says so."""
-    path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: +(\d+)", path.read_text() if path.exists() else "")
-    return int(found[1]) / 2**20 if found else math.inf
+    lines = (cell.folder / "log.txt").read_text(errors="replace").strip().split("\n")
+    return f"failed: {lines[-1] or f'exit code {code}'}"
 
 def run_cell(cell, threads, device):
     """A task of Ray: a run from start or last checkpoint to its end; returns its outcome."""
@@ -260,110 +170,111 @@ def run_cell(cell, threads, device):
             break
     return state
 
+# === engines: they start runs, say which have ended and how, and end the rest ===
+class Local:
+    """Runs cells as processes of this machine, as many at once as cores and memory allow."""
+    def __init__(self, args):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.device, most, free = "cpu", cores, free_gib()
+        if args.device != "cpu":
+            import torch
+            if args.device == "cuda" or torch.cuda.is_available():
+                # a learner on a GPU leaves its cores to the emulator, of which four keep it busy
+                self.device, most, free = "cuda", cores // 4, torch.cuda.mem_get_info()[0] / 2**30
+        fit = free / GRIDS["figures"][args.figure]["memory_gib"][self.device]
+        self.jobs = args.jobs or int(max(1, min(most, fit)))
+        self.threads = args.threads or max(1, cores // self.jobs)
+        self.start, self.slots = start, self.jobs
+
+    def ended(self, running):
+        time.sleep(0.2)
+        return {cell: outcome(cell, process) for cell, process in running.items()
+                if process is None or process.poll() is not None}
+
+    def end(self, running):
+        for process in filter(None, running.values()):
+            # a job scheduler may have sent them SIGTERM, of which a second one would kill them
+            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        for process in filter(None, running.values()):
+            process.wait()
+
+def free_gib():
+    """Memory of this machine that could be taken now, where Linux says so."""
+    path = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+)", path.read_text() if path.exists() else "")
+    return int(found[1]) / 2**20 if found else math.inf
+
 class OnRay:
-    """Runs cells as tasks of a Ray cluster, whose nodes share the repository and --runs-dir.
-
-    A task whose worker or node is lost is started again, elsewhere if need be, and goes on from the
-    last checkpoint.
-    """
-    def __init__(self, args, todo):
-        if not importlib.util.find_spec("ray"):
-            raise Refused("--engine ray needs the package: pip install -e '.[ray]'")
-        import ray
+    """Runs cells as tasks of a Ray cluster, whose nodes share the repository and --runs-dir."""
+    def __init__(self, args):
         try:
+            import ray
             ray.init(address=args.address, log_to_driver=False, ignore_reinit_error=True)
-        except (ConnectionError, ValueError, RuntimeError) as e:
-            raise Refused(f"--address {args.address}: no Ray cluster there ({e})") from e
-        for module in (plots, sys.modules[__name__]):  # workers need not find these
-            ray.cloudpickle.register_pickle_by_value(module)
+        except (ImportError, ConnectionError, ValueError, RuntimeError) as e:
+            raise ValueError(f"--engine ray (extra \"ray\"), --address {args.address}: {e}") from e
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers may not find it
         has, self.threads, self.ray = ray.cluster_resources(), args.threads or 1, ray
-        self.device = "cuda" if args.device != "cpu" and has.get("GPU", 0) > 0 else "cpu"
-        if args.device == "cuda" != self.device:
-            raise Refused("--device cuda: the Ray cluster has no GPU")
-        self.jobs = int(has.get("CPU", 1)) // self.threads
-        self.needs = dict(memory=int(memory_gib(todo, self.device) * 2**30))
-        if self.device == "cuda":
-            self.jobs, self.needs = min(self.jobs, int(has["GPU"] / args.gpus)), dict(
-                num_gpus=args.gpus)
+        self.device, self.jobs = "cpu", int(has.get("CPU", 1)) // self.threads
+        needs = dict(memory=int(GRIDS["figures"][args.figure]["memory_gib"]["cpu"] * 2**30))
+        if args.device == "cuda" or args.device == "auto" and "GPU" in has:
+            self.device, needs = "cuda", dict(num_gpus=args.gpus)
+            self.jobs = min(self.jobs, int(has.get("GPU", 0) / args.gpus))
+        task = ray.remote(num_cpus=self.threads, max_retries=RETRIES, **needs)(run_cell)
+        self.start, self.slots = task.remote, math.inf  # a cluster may grow with what is queued
 
-    def run(self, todo, show):
-        """Runs cells; show(states) is called now and then. Returns the outcome of each cell."""
-        task = self.ray.remote(num_cpus=self.threads, max_retries=RETRIES, **self.needs)(run_cell)
-        left = {task.remote(cell, self.threads, self.device): cell for cell in todo}
-        states = dict.fromkeys(todo, "queued")
-        try:
-            while left:
-                for ref in self.ray.wait(list(left), timeout=1)[0]:
-                    cell = left.pop(ref)
-                    try:
-                        states[cell] = self.ray.get(ref)
-                    except self.ray.exceptions.RayError as e:
-                        states[cell] = f"failed: {str(e).splitlines()[0]}"
-                show(states)
-        finally:
-            for ref in left:  # the worker is killed, its run saves and ends
-                self.ray.cancel(ref, force=True)
-            show(states)
+    def ended(self, running):
+        states, (refs, _) = {}, self.ray.wait(list(running.values()), timeout=1)
+        for cell in [cell for cell, ref in running.items() if ref in refs]:
+            try:
+                states[cell] = self.ray.get(running[cell])
+            except self.ray.exceptions.RayError as e:
+                states[cell] = f"failed: {str(e).splitlines()[0]}"
         return states
 
-# === progress ===
+    def end(self, running):
+        for ref in running.values():  # the worker is killed, its run saves and ends
+            self.ray.cancel(ref, force=True)
+
+# === all runs ===
+def run(engine, grid, states):
+    """Runs what is not done; prints what ends, and the table then and every ten minutes."""
+    queue, running, due = [cell for cell in grid if states[cell] != "done"], {}, 0
+    try:
+        while queue or running:
+            while queue and len(running) < engine.slots:
+                cell = queue.pop(0)
+                running[cell] = engine.start(cell, engine.threads, engine.device)
+            if time.monotonic() > due:
+                print(table(grid, states, engine.jobs), flush=True)
+                due = time.monotonic() + 600
+            for cell, state in engine.ended(running).items():
+                print(f"{cell.place}: {state}")
+                states[cell], due = state, 0
+                del running[cell]
+    finally:  # where a signal or an error has ended the loop, runs save and end
+        engine.end(running)
+        print(table(grid, states, engine.jobs), flush=True)
+
 def table(grid, states, jobs):
-    """The lines of the progress table: a row for each arm and game, a line for all of it."""
-    rows, speeds, left, kinds = {}, {}, [], ("done", "running", "left", "failed")
+    """The lines of the progress table: one for each arm and game, one for all of them."""
+    rows, speeds, left = defaultdict(Counter), defaultdict(list), []
     for cell in grid:
-        logs = sorted(cell.folder.glob("*/metrics.csv"))
-        step, sps = (last(logs[-1], of) if logs else math.nan for of in ("step", "sps"))
-        kind = states[cell].split(":")[0]
-        if kind in ("queued", "not done") and active(cell):
-            kind = "running"
-        kind = kind if kind in kinds else "left"
-        steps = min(cell.steps, 0 if step != step else int(step))
-        steps = cell.steps if kind == "done" else steps
-        row = rows.setdefault((cell.arm, cell.game), dict.fromkeys((*kinds, "steps", "of"), 0))
-        for name, n in ((kind, 1), ("steps", steps), ("of", cell.steps)):
-            row[name] += n
-        if sps == sps:
-            speeds.setdefault(cell.command[0], []).append(sps)
-        if kind in ("running", "left"):
-            left.append((cell.command[0], cell.steps - steps, sps))
-    yield f"{'arm':22} {'game':10}" + "".join(f"{kind:>8}" for kind in kinds) + "           frames"
-    for (arm, game), row in rows.items():
-        frames = f"{short(4 * row['steps'])} of {short(4 * row['of'])}"
-        yield f"{arm:22} {game:10}" + "".join(f"{row[kind]:8}" for kind in kinds) + f"{frames:>17}"
-    hours = 0.0
-    for script, steps, sps in left:  # a cell that has not begun: as fast as its script elsewhere
-        sps = sps if sps == sps else statistics.median(speeds.get(script, [math.nan]))
-        hours += steps / sps / 3600 / max(1, min(jobs, len(left)))
-    counts = [f"{kind} {sum(row[kind] for row in rows.values())}" for kind in kinds]
-    time_left = f"{hours:.1f} h with {jobs} at once" if hours == hours else "unknown"
-    yield "  ".join(counts) + f"  time left {time_left}"
-
-def active(cell):
-    """Whether a run has written to its log lately; it does every few seconds but in evaluations."""
-    log = cell.folder / "log.txt"
-    return log.exists() and time.time() - log.stat().st_mtime < LATELY
-
-class Progress:
-    """Prints what failed and the table when a state changes, and every ten minutes."""
-    def __init__(self, grid, states, jobs):
-        self.grid, self.states, self.jobs, self.at = grid, states, jobs, -math.inf
-
-    def __call__(self, states):
-        new = {cell: state for cell, state in states.items() if self.states[cell] != state}
-        if new or time.monotonic() - self.at > 600:
-            self.states, self.at = self.states | new, time.monotonic()
-            failures = [f"{cell}: {state}" for cell, state in new.items() if "failed" in state]
-            print(*failures, *table(self.grid, self.states, self.jobs), sep="\n", flush=True)
-
-# === the command line ===
-def collect(grid, results_dir):
-    """Copies what the runs of a grid have logged, with what made them, to --results-dir."""
-    for cell in grid:
-        if folder := run_folder(cell):
-            place = Path(results_dir) / cell.place
-            place.mkdir(parents=True, exist_ok=True)
-            for file in (*folder.glob("*.csv"), *folder.glob("args*.json")):
-                shutil.copy(file, place)
+        log = max(cell.folder.glob("*/metrics.csv"), default=Path(os.devnull))
+        state = states[cell].split(":")[0]
+        step = cell.steps if state == "done" else min(cell.steps, int(last(log, "step")))
+        rows[cell.arm, cell.game].update({"runs": 1, state: 1, "step": step, "of": cell.steps})
+        if state not in ("done", "failed"):
+            left.append((cell.script, cell.steps - step))
+        if speed := last(log, "sps"):
+            speeds[cell.script].append(speed)
+    rows["all", ""] = sum(rows.values(), Counter())
+    lines = [f"{arm:22} {game:10} done {row['done']} of {row['runs']}, failed {row['failed']}, "
+             f"frames {short(4 * row['step'])} of {short(4 * row['of'])}"
+             for (arm, game), row in rows.items()]
+    seconds = sum(steps / median(speeds[script] or [math.nan]) for script, steps in left)
+    hours = seconds / 3600 / max(1, min(jobs, len(left)))
+    time_left = f", time left {hours:.1f} h with {jobs} at once".replace("nan h", "unknown")
+    return "\n".join(lines) + time_left
 
 def figure(args, extra=()):
     """Does what the flags say; returns the outcome of each cell of the grid that it looked at."""
@@ -374,31 +285,33 @@ def figure(args, extra=()):
         return {}
     drawn = not (args.status or args.cell)
     if drawn and not importlib.util.find_spec("matplotlib"):  # said before days of work
-        raise Refused("drawing needs the package: pip install -e '.[plot]'")
-    states = {cell: "done" if finished(cell) else "not done" for cell in grid}
-    todo = [cell for cell in grid if states[cell] != "done"]
+        raise ValueError("drawing needs the package: pip install -e '.[plot]'")
+    states = {cell: "done" if finished(cell) else "left" for cell in grid}
     if args.status:
-        print(*table(grid, states, args.jobs or os.cpu_count()), sep="\n")
-    elif todo and not args.draw:
-        engine = {"local": Local, "ray": OnRay}[args.engine](args, todo)
-        states |= engine.run(todo, Progress(grid, states, engine.jobs))
+        print(table(grid, states, args.jobs or os.cpu_count()))
+    elif "left" in states.values() and not args.draw:
+        run({"local": Local, "ray": OnRay}[args.engine](args), grid, states)
     if drawn:
-        collect(grid, args.results_dir)
+        for cell in grid:
+            if folder := run_folder(cell):
+                place = Path(args.results_dir, cell.place)
+                place.mkdir(parents=True, exist_ok=True)
+                for file in (*folder.glob("*.csv"), *folder.glob("args*.json")):
+                    shutil.copy(file, place)
         for path in plots.draw(args.figure, args.results_dir, extra=extra):
             print(f"wrote {path}")
     return states
 
 def main():
     """The command line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: sys.exit(128 + n))
-    own, extra = sys.argv[1:], []
-    if "--" in own:
-        own, extra = own[:own.index("--")], own[own.index("--") + 1:]
+    for n in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(n, lambda n, _: sys.exit(128 + n))
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        states = figure(tyro.cli(Args, args=own, description=__doc__), extra)
+        args = tyro.cli(Args, args=sys.argv[1:end], description=__doc__)
+        states = figure(args, extra=sys.argv[end + 1:])
         sys.stdout.flush()
-    except Refused as e:
+    except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # as in `| head -1`; nothing is left to be said at exit

@@ -47,7 +47,9 @@ def test_the_grids_are_the_papers_and_a_cell_is_a_line_of_the_dry_run(tmp_path, 
         assert len(cells) == count == len({cell.place for cell in cells})
         assert {4 * cell.steps for cell in cells} == {320_000_000 if figure in "13" else 40_000_000}
     first = figures.cells(args("1"))[0]
-    assert (first.steps, first.horizon, first.eval_every) == (80_000_000, 320_000_000, 1_000_000)
+    flags = dict(zip(first.flags[::2], first.flags[1::2]))
+    assert first.steps == 80_000_000 and flags["--total-timesteps"] == "80000000"
+    assert (flags["--schedule-timesteps"], flags["--eval-every"]) == ("80000000", "1000000")
     figures.figure(args("2", tmp_path, dry_run=True))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 72 and "--seed 2" in lines[49] and "ALE/Enduro-v5" in lines[49]
@@ -86,7 +88,7 @@ def test_part_of_a_grid_keeps_the_horizon():
     (dict(frames="1.5"), "1.5 is no number"), (dict(frames="400M"), "more than --horizon 320M"),
     (dict(seeds=-1), "--seeds -1"), (dict(cell=37), "--cell 37: there are 36")])
 def test_bad_input_is_refused(flags, text):
-    with pytest.raises(figures.Refused, match=text):
+    with pytest.raises(ValueError, match=text):
         figures.cells(args("1", **flags))
 
 def test_numbers_of_frames():
@@ -185,13 +187,13 @@ def test_what_was_cut_off_goes_on_with_the_same_command(tmp_path, learner):
     wait_for(lambda: len(steps(tmp_path)) > 3, first)
     os.kill(pids(tmp_path)[0], signal.SIGKILL)
     out, err = first.communicate()
-    assert first.returncode == 1 and "left 1" in out.splitlines()[-1], out + err
+    assert first.returncode == 1 and "done 0 of 1, failed 0" in out.splitlines()[-1], out + err
     runner = learner(*flags, extra=slow)
     wait_for(lambda: len(steps(tmp_path)) == 10, runner)
     runner.kill()
     runner.communicate()
     status = learner(*flags, "--status", extra=slow).communicate()[0].splitlines()
-    assert "done 0" in status[-1] and "4k of 4k" in status[1]
+    assert "done 0" in status[-1] and "4k of 4k" in status[0]
     last = learner(*flags, extra=slow)  # waits for the run that still saves, or takes over
     out, err = last.communicate()
     assert last.returncode == 0 and "done 1" in out, out + err
@@ -211,7 +213,8 @@ def test_a_signal_to_the_runner_saves_the_runs(tmp_path, learner, number):
         os.kill(pid, number)
     runner.send_signal(number)
     out, err = runner.communicate(timeout=60)
-    assert runner.returncode == 128 + number and "left 2" in out.splitlines()[-1], out + err
+    assert runner.returncode == 128 + number, out + err
+    assert "done 0 of 2, failed 0" in out.splitlines()[-1], out + err
     for seed in (1, 2):
         saved, = tmp_path.glob(f"runs/*/*/*/seed{seed}/run/learner.pt")
         assert int(saved.read_text()) == steps(tmp_path, seed)[-1] < 1000, "not saved"
@@ -226,7 +229,7 @@ def test_a_folder_in_use_is_not_trained_in_twice(tmp_path, learner, monkeypatch,
     runner.terminate()
     runner.communicate()
 
-def test_a_failed_and_a_killed_run_are_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
+def test_a_failed_and_a_killed_run_are_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     """And no more run at once than --jobs says."""
     grid = figures.cells(args("2", tmp_path, seeds=1))[:5]
     good = "time.sleep(1.5); d.joinpath('run').mkdir(exist_ok=True); " \
@@ -235,21 +238,23 @@ def test_a_failed_and_a_killed_run_are_reported_and_the_rest_goes_on(tmp_path, m
                            "os.kill(os.getpid(), 9)", good, "pass", good]))
     monkeypatch.setattr(figures, "command_of", lambda cell, *_: [
         "-c", f"import os, pathlib, time; d = pathlib.Path({str(cell.folder)!r}); {body[cell]}"])
-    seen = []
-    engine = figures.Local(args("2", jobs=2), grid)
-    states = engine.run(grid, lambda states: seen.append(list(states.values()).count("running")))
+    engine, seen, states = figures.Local(args("2", jobs=2)), [], dict.fromkeys(grid, "left")
+    ended = engine.ended
+    engine.ended = lambda running: seen.append(len(running)) or ended(running)
+    figures.run(engine, grid, states)
     assert list(states.values()) == ["failed: error: no luck", "cut off", "done",
                                      "failed: exit code 0", "done"]
     assert max(seen) == 2
-    *_, last = figures.table(grid, states, 2)
-    assert last.startswith("done 2  running 0  left 1  failed 2")
+    *_, last = figures.table(grid, states, 2).splitlines()
+    assert "done 2 of 5, failed 2" in last
+    assert "seed1: failed: error: no luck\n" in capsys.readouterr().out
 
 @pytest.mark.parametrize("memory, jobs", [(100, 4), (20, 2), (1, 1)])
 def test_as_many_run_at_once_as_memory_allows(monkeypatch, memory, jobs):
     """soft_dqn.py needs 8 GiB; one is always tried."""
     monkeypatch.setattr(figures, "free_gib", lambda: memory)
     monkeypatch.setattr(figures.os, "sched_getaffinity", lambda _: range(4), raising=False)
-    engine = figures.Local(args("2"), figures.cells(args("2")))
+    engine = figures.Local(args("2"))
     assert (engine.jobs, engine.threads) == (jobs, 4 // jobs)
 
 def test_the_table_knows_what_is_left(tmp_path):
@@ -258,13 +263,14 @@ def test_the_table_knows_what_is_left(tmp_path):
         folder = cell.folder / "run"
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text(f"step,sps\n10000,900\n50000,{sps}\n60000,70")  # torn
-    states = dict.fromkeys(grid, "not done") | {grid[1]: "done"}
-    lines = list(figures.table(grid, states, 1))
-    assert lines[1].split()[:2] == ["A2C", "Pong"] and "200k of 800k" in lines[1]
-    assert lines[2].split()[2] == "1" and "400k of 800k" in lines[2]
+    states = dict.fromkeys(grid, "left") | {grid[1]: "done"}
+    lines = figures.table(grid, states, 1).splitlines()
+    assert lines[0].split() == "A2C Pong done 0 of 2, failed 0, frames 200k of 800k".split()
+    assert lines[1].split() == "EntRL Pong done 1 of 2, failed 0, frames 400k of 800k".split()
     # 50,000 and 100,000 steps of A2C at 500 a second, 100,000 of EntRL at 250
-    assert lines[3] == ("done 1  running 0  left 3  failed 0  time left "
-                        f"{(150_000 / 500 + 100_000 / 250) / 3600:.1f} h with 1 at once")
+    hours = f"{(150_000 / 500 + 100_000 / 250) / 3600:.1f} h"
+    assert lines[2].split() == ("all done 1 of 4, failed 0, frames 600k of 1.6M, "
+                                f"time left {hours} with 1 at once").split()
 
 def test_a_lost_worker_of_a_ray_cluster_is_made_good(tmp_path, learner):
     """The worker is killed, and another goes on with its run from the checkpoint."""
