@@ -1,4 +1,4 @@
-"""Figures 1, 2 and 3 of the paper, and a fourth for its section 5: runs what is missing and draws.
+"""Figures 1, 2 and 3 of the paper, and two more: runs what is missing and draws.
 
     python paper/figures.py 1                                            # all of it: a grid of days
     python paper/figures.py 1 --games pong --seeds 1 --frames 10M        # a part of it
@@ -7,6 +7,7 @@
     python paper/figures.py 2 --engine ray --address auto                # on a Ray cluster
     python paper/figures.py 1 --frames 1M -- --num-envs 8                # flags for every script
 
+Figure 4 is section 5 beside A2C. Figure 5 is Figure 2 on Pong, on a schedule that a CPU can finish.
 A cell of a grid (grids.json) is an arm, a game and a seed: one run of a script. What has finished,
 with its last evaluation, is not run again, what was cut off resumes, and what fails is reported and
 does not stop the rest. With fewer --frames the decays keep the figure's horizon, and a later call
@@ -44,8 +45,8 @@ RETRIES = 20  # of a run whose worker, node or process was lost, with Ray
 
 @dataclasses.dataclass
 class Args:
-    figure: tyro.conf.Positional[Literal["1", "2", "3", "4"]]  # of the paper; 4: section 5
-    games: tuple[str, ...] = ()  # games by name, any case; none: all six
+    figure: tyro.conf.Positional[Literal[tuple(GRIDS["figures"])]]  # of the paper; 4, 5: below
+    games: tuple[str, ...] = ()  # games by name, any case; none: all of the figure
     arms: tuple[str, ...] = ()  # arms by name; none: all of the figure
     seeds: int = 0  # runs of each arm and game, seeds 1 to this; 0: as in the figure
     frames: str = ""  # emulator frames of a run, as 2500000 or 2.5M; default: the figure's
@@ -94,7 +95,7 @@ def cells(args, extra=()):
     if frames > horizon:
         raise ValueError(f"--frames {exact(frames)} is more than --horizon {exact(horizon)}")
     every = min(grid["eval_every"], max(4, frames // 10)) // 4
-    games = pick("--games", args.games, GRIDS["games"])
+    games = pick("--games", args.games, grid["games"])
     arms = pick("--arms", args.arms, grid["arms"])
     for seed, game, arm in product(range(1, 1 + (args.seeds or grid["seeds"])), games, arms):
         script, *flags = *grid["arms"][arm], *extra

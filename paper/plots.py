@@ -1,6 +1,6 @@
 """Draws a figure of the paper, and tabulates its final scores, from the CSVs that were collected.
 
-    python paper/plots.py 1 2 3 4     # again from results/paper, what lies there
+    python paper/plots.py 1 2 3 4 5   # again from results/paper, what lies there
 
 For figure k it writes figure<k>.csv, the curves as drawn; figure<k>.png and .svg; and scores<k>.md
 and .csv, the final scores beside the published ones and what the grid still lacks. The CSVs and the
@@ -21,6 +21,10 @@ import style  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = json.loads(Path(__file__).with_name("grids.json").read_text())
+for grid in GRIDS["figures"].values():  # what all arms of a figure share
+    grid["games"] = grid.get("games", GRIDS["games"])
+    for command in grid["arms"].values():
+        command += grid.get("flags", [])
 RESULTS = ROOT / "results" / "paper"
 POINTS = 201  # of a drawn curve
 RESAMPLES = 10_000  # of the bootstrap
@@ -46,11 +50,11 @@ def arm_folder(command):
 
 def runs(figure, results, extra=()):
     """The collected runs of a figure by (game, arm, name of the horizon): [(seed, folder), ...]."""
-    found = {}
-    for arm, command in GRIDS["figures"][figure]["arms"].items():
+    found, grid = {}, GRIDS["figures"][figure]
+    for arm, command in grid["arms"].items():
         for folder in sorted(Path(results).glob(f"{arm_folder((*command, *extra))}/*/*/seed*")):
             game, horizon = folder.parts[-3:-1]
-            if (folder / "eval.csv").exists() and game in GRIDS["games"]:
+            if (folder / "eval.csv").exists() and game in grid["games"]:
                 found.setdefault((game, arm, horizon), []).append((int(folder.name[4:]), folder))
     return {key: sorted(of) for key, of in found.items()}
 
@@ -104,7 +108,7 @@ def score_table(figure, rows):
     """The lines of scores<k>.md."""
     grid = GRIDS["figures"][figure]
     sources = GRIDS["published"][grid["published"]]
-    yield (f"Of the {len(grid['arms']) * len(GRIDS['games']) * grid['seeds']} runs of "
+    yield (f"Of the {len(grid['arms']) * len(grid['games']) * grid['seeds']} runs of "
            f"{exact(grid['frames'])} frames: begun {sum(int(row['seeds']) for row in rows)}, "
            f"complete {complete(rows)}.")
     yield ""
@@ -121,6 +125,8 @@ def score_table(figure, rows):
             f"{float(row['low']):.1f} to {float(row['high']):.1f}" if several else "-",
             *published))) + " |"
     yield ""
+    if "note" in grid:
+        yield grid["note"]
     yield ("Final score: mean of the last evaluation, 20 full games a seed unless eval.csv says "
            "otherwise; the interval is a bootstrap over seeds. Published, at 40M frames:")
     for i, source in enumerate(sources, 1):
@@ -160,7 +166,7 @@ def picture(figure, rows, gradients):
     how far apart the gradients of both rules are.
     """
     grid = GRIDS["figures"][figure]
-    games = [game for game in GRIDS["games"] if any(row["game"] == game for row in rows)]
+    games = [game for game in grid["games"] if any(row["game"] == game for row in rows)]
     more = 2 if gradients and len(games) == 1 else 0
     across = min(3, len(games))
     down = math.ceil(len(games) / across) + more
