@@ -10,7 +10,6 @@
   Symbols: pi_bar is the paper's reference policy (a pi with an overline), tau its temperature,
            Delta_t the n-step advantage, V_hat_t the value target, c the weight of the value loss.
 """
-import ctypes
 import json
 import math
 import os
@@ -174,8 +173,10 @@ class ActorCritic(nn.Module):
     def __init__(self, n_actions):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU())
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(True),  # True: in place
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(True),
+            nn.Conv2d(64, 64, 3), nn.ReLU(True), nn.Flatten(),
+            nn.Linear(3136, 512), nn.ReLU(True))
         self.pi, self.V = nn.Linear(512, n_actions), nn.Linear(512, 1)
         for layer in (m for m in self.modules() if hasattr(m, "weight")):  # as the authors' A2C
             nn.init.orthogonal_(layer.weight, 1 if layer in (self.pi, self.V) else math.sqrt(2))
@@ -251,8 +252,6 @@ class Run:
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
         self.sizes = {"metrics.csv": 0, "eval.csv": 0}  # of the logs, in bytes
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        for option in (-1, -3) if sys.platform == "linux" else ():  # M_TRIM_, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)  # glibc keeps freed memory: less CPU time
         name = f"{args.env_id[4:-3]}__{SCRIPT.stem}__seed{args.seed}__%Y%m%d-%H%M%S"
         self.folder = Path(args.evaluate or args.resume or Path(args.runs_dir, time.strftime(name)))
         if args.evaluate or args.resume:

@@ -16,7 +16,6 @@
            psi_t = grad log pi(a_t | s_t), Delta_t the n-step advantage, A_t = Q_hat - Q_old what
            becomes of it in Q: Delta_t - tau (log pi / pi_bar - KL_t), all with pi_old.
 """
-import ctypes
 import json
 import math
 import os
@@ -387,8 +386,10 @@ class Network(nn.Module):
     def __init__(self, n):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU())
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(True),  # True: in place
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(True),
+            nn.Conv2d(64, 64, 3), nn.ReLU(True), nn.Flatten(),
+            nn.Linear(3136, 512), nn.ReLU(True))
         self.head = nn.Linear(512, n)
         for layer in (m for m in self.modules() if hasattr(m, "weight")):  # as the authors' A2C
             nn.init.orthogonal_(layer.weight, 1 if layer is self.head else math.sqrt(2))
@@ -449,8 +450,6 @@ class Run:
         self.step, self.wall, self.scores, self.sums = 0, 0.0, [], {}
         self.sizes = {"metrics.csv": 0, "eval.csv": 0}  # of the logs, in bytes
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        for option in (-1, -3) if sys.platform == "linux" else ():  # M_TRIM_, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)  # glibc keeps freed memory: less CPU time
         name = f"{args.env_id[4:-3]}__{SCRIPT.stem}__seed{args.seed}__%Y%m%d-%H%M%S"
         self.folder = Path(args.evaluate or args.resume or Path(args.runs_dir, time.strftime(name)))
         if args.evaluate or args.resume:
