@@ -56,10 +56,14 @@ def test_scores_of_the_learning_check_are_the_committed_ones():
         assert len(runs) >= 2
         assert all((run / "args.json").exists() for run in runs)
 
-def test_the_quick_start_ended_as_the_readme_says():
-    row, = table(ROOT / "results" / "quickstart" / "eval.csv")
-    end = f"{row['score_mean']:.1f} +- {row['score_std']:.1f} in {row['games']:.0f}"
-    assert f"`score {end} games`" in text("README.md") and row["step"] == 100_000
+@pytest.mark.parametrize("cpu, name", [("avx2", "AVX2"), ("avx512", "AVX-512")])
+def test_the_quick_start_ended_as_the_readme_says(cpu, name):
+    row, = table(ROOT / "results" / "quickstart" / cpu / "eval.csv")
+    end = f"{row['score_mean']:.1f} +- {row['score_std']:.1f}"
+    assert f"`score {end} in 20 games` with {name}" in text("README.md")
+    assert f"{end} " in text("results/README.md") and (row["games"], row["step"]) == (20, 100_000)
+
+def test_the_film_shows_an_agent_of_the_score_that_the_readme_says():
     film = column(ROOT / "results" / "film" / "eval.csv", "score_mean")[-1]
     assert f"It scores {film:.0f} " in text("README.md")
 
