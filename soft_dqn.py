@@ -319,7 +319,8 @@ class Replay:
 class QNetwork(nn.Module):
     """Q(s, .) on the trunk of Mnih et al. (2015), no padding: 3136 features.
 
-    So has the authors' A2C; their DQN pads (7744). Xavier weights and zero biases are its.
+    The authors' A2C does not pad either; their DQN does (7744). Xavier-uniform weights and zero
+    biases are those of their DQN.
     """
     def __init__(self, n_actions):
         super().__init__()

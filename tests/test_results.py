@@ -195,3 +195,13 @@ def test_the_results_page_says_what_is_covered():
     assert drawn
     for folder in (path for path in (ROOT / "results").iterdir() if path.is_dir()):
         assert f"({folder.name})" in page, folder.name
+
+def test_the_runs_under_way_score_what_the_results_page_says():
+    quoted = numbers(r"`a2c_naive.py` scores (-?[\d.]+) after (\d+)M frames, "
+                     r"`a2c_proper.py` (-?[\d.]+) after (\d+)M, ")
+    expected = []
+    for script in ("a2c_naive", "a2c_proper"):
+        place = ROOT / "results" / "paper" / f"{script}_tau_0.01" / "Pong" / "40M" / "seed1"
+        last = table(place / "eval.csv")[-1]
+        expected += [round(last["score_mean"], 1), 4 * last["step"] / 1e6]
+    assert quoted == expected
