@@ -205,3 +205,13 @@ def test_the_runs_under_way_score_what_the_results_page_says():
         last = table(place / "eval.csv")[-1]
         expected += [round(last["score_mean"], 1), 4 * last["step"] / 1e6]
     assert quoted == expected
+
+def test_stable_baselines3_learns_as_late_as_the_results_page_says():
+    quoted = numbers(r"after (\d+)M frames the mean of its last 100 games in training is (-?[\d.]+), "
+                     r"that of `a2c_naive.py` (-?[\d.]+)")
+    curve = table(ROOT / "results" / "sb3_pong" / "curve.csv")
+    naive = table(ROOT / "results/paper/a2c_naive_tau_0.01/Pong/40M/seed1/metrics.csv")
+    assert [row["step"] for row in curve] == sorted({row["step"] for row in curve})
+    ours = next(row for row in naive if row["step"] == 3e6)
+    assert quoted == [round(4 * curve[-1]["step"] / 1e6), round(curve[-1]["score"], 1),
+                      round(ours["score"], 1)]
