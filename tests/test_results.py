@@ -207,8 +207,8 @@ def test_the_runs_under_way_score_what_the_results_page_says():
     assert quoted == expected
 
 def test_stable_baselines3_learns_as_late_as_the_results_page_says():
-    quoted = numbers(r"after (\d+)M frames the mean of its last 100 games in training is (-?[\d.]+), "
-                     r"that of `a2c_naive.py` (-?[\d.]+)")
+    quoted = numbers(r"after (\d+)M frames the mean of its last 100 games in training is "
+                     r"(-?[\d.]+), that of `a2c_naive.py` (-?[\d.]+)")
     curve = table(ROOT / "results" / "sb3_pong" / "curve.csv")
     naive = table(ROOT / "results/paper/a2c_naive_tau_0.01/Pong/40M/seed1/metrics.csv")
     assert [row["step"] for row in curve] == sorted({row["step"] for row in curve})
