@@ -212,6 +212,7 @@ def test_stable_baselines3_learns_as_late_as_the_results_page_says():
     curve = table(ROOT / "results" / "sb3_pong" / "curve.csv")
     naive = table(ROOT / "results/paper/a2c_naive_tau_0.01/Pong/40M/seed1/metrics.csv")
     assert [row["step"] for row in curve] == sorted({row["step"] for row in curve})
+    assert curve[-1]["games"] == 100
     ours = next(row for row in naive if row["step"] == 3e6)
     assert quoted == [round(4 * curve[-1]["step"] / 1e6), round(curve[-1]["score"], 1),
                       round(ours["score"], 1)]
