@@ -1,6 +1,7 @@
 """What the pages say was measured is what lies in results/."""
 import csv
 import importlib.util
+import json
 import re
 import statistics
 import sys
@@ -205,6 +206,22 @@ def test_the_runs_under_way_score_what_the_results_page_says():
         last = table(place / "eval.csv")[-1]
         expected += [round(last["score_mean"], 1), 4 * last["step"] / 1e6]
     assert quoted == expected
+
+RUNS = sorted((ROOT / "results" / "paper").glob("*/*/*/seed*"))
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(run.parts[-4:]))
+def test_a_committed_run_was_resumed_and_has_every_row_once(run):
+    """By the same code and flags; rows are at the first step in each --log-every, --eval-every."""
+    parts = [json.loads(path.read_text()) for path in run.glob("args*.json")]
+    first, *resumed = sorted(parts, key=lambda part: len(part["command"]))
+    assert resumed and all("--resume" in part["command"] for part in resumed)
+    assert "--resume" not in first["command"]
+    for part in parts:
+        assert part["commit"] == first["commit"] and "dirty" not in part["commit"]
+        assert part["args"] | dict(resume="") == first["args"]
+    for log, every in (("metrics.csv", "log_every"), ("eval.csv", "eval_every")):
+        steps = column(run / log, "step")
+        assert [step // first["args"][every] for step in steps] == [*range(1, len(steps) + 1)]
 
 def test_stable_baselines3_learns_as_late_as_the_results_page_says():
     quoted = numbers(r"after (\d+)M frames the mean of its last 100 games in training is "
