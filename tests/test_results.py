@@ -223,6 +223,15 @@ def test_a_committed_run_was_resumed_and_has_every_row_once(run):
         steps = column(run / log, "step")
         assert [step // first["args"][every] for step in steps] == [*range(1, len(steps) + 1)]
 
+def test_the_run_that_was_made_again_has_the_rows_of_the_first():
+    """As many as the results page says: the log beside the checkpoint, and the first run's."""
+    rows, = numbers(r"All of the (\d+) rows that `a2c_naive.py` has logged again are equal")
+    again, first = (table(ROOT / "results" / folder / "metrics.csv") for folder in (
+        "checkpoints/a2c_naive", "paper/a2c_naive_tau_0.01/Pong/40M/seed1"))
+    assert rows == len(again) < len(first)
+    for a, b in zip(again, first):
+        assert a | {k: b[k] for k in ("wall_time", "sps")} == b
+
 def test_stable_baselines3_learns_as_late_as_the_results_page_says():
     quoted = numbers(r"after (\d+)M frames the mean of its last 100 games in training is "
                      r"(-?[\d.]+), that of `a2c_naive.py` (-?[\d.]+)")
