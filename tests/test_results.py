@@ -206,6 +206,9 @@ def test_the_runs_under_way_score_what_the_results_page_says():
         last = table(place / "eval.csv")[-1]
         expected += [round(last["score_mean"], 1), 4 * last["step"] / 1e6]
     assert quoted == expected
+    at = next(row for row in table(place / "eval.csv") if row["step"] == 5e6)
+    assert numbers(r"At 20M `a2c_proper.py` scored ([\d.]+), in games from (-\d+) to (\d+)\.") == [
+        at[f"score_{of}"] for of in ("mean", "min", "max")]
 
 RUNS = sorted((ROOT / "results" / "paper").glob("*/*/*/seed*"))
 
