@@ -221,6 +221,12 @@ def test_scores_and_hours_on_pong_are_the_committed_ones():
         assert agent["args"] | dict(resume="") == trained
         assert np.mean(agent["counts"]["scores"]) == pytest.approx(
             table(run / "metrics.csv")[-1]["score"])
+    grids = json.loads((ROOT / "paper" / "grids.json").read_text())
+    others = [grids["random"]["scores"]["Pong"], *sorted(
+        of["scores"]["Pong"] for of in grids["published"]["A2C"])]
+    assert numbers(r"random policy scores (-[\d.]+), published A2C ([\d.]+) and ([\d.]+) at this"
+                   ) == others == numbers(
+        r"random policy (-[\d.]+), published A2C ([\d.]+) and ([\d.]+)\. So")
     both = [found["a2c_naive"][0], found["a2c_proper"][0]]
     assert numbers(r"`a2c_naive.py` scores ([\d.]+) and `a2c_proper.py` ([\d.]+);") == both
     assert numbers(r"`a2c_naive.py` scores ([\d.]+) at the end, `a2c_proper.py` ([\d.]+),") == both
