@@ -243,6 +243,45 @@ def test_evaluations_on_pong_differ_as_much_as_the_results_page_says():
     for k in range(7, 11):
         assert at["a2c_proper", k * 1e6]["score_mean"] < at["a2c_naive", k * 1e6]["score_mean"]
 
+def test_the_two_runs_under_way_on_pong_are_where_the_results_page_says():
+    """Scores, hours and what the two scripts measure beside their updates."""
+    def run(arm, frames, name):
+        return table(PONG / f"{arm}_tau_0.01" / "Pong" / frames / "seed1" / f"{name}.csv")
+    ql, proper = run("pgql_equiv_update_ql", "40M", "eval"), run("a2c_proper", "40M", "eval")
+    same, = (row for row in proper if row["step"] == ql[-1]["step"])
+    assert numbers(r"After (\d+)M frames it scored (-?[\d.]+), and `--update pg` (-?[\d.]+)\.") == [
+        ql[-1]["step"] * 4e-6, round(ql[-1]["score_mean"], 1), round(same["score_mean"], 1)]
+    log = run("pgql_equiv_update_ql", "40M", "metrics")
+    cosine, gap, error = ([row[of] for row in log] for of in ("cosine", "gap", "gap_error"))
+    assert numbers(r"on (\d+) batches, one in every 10,000 agent steps, their cosine is ([\d.]+) "
+                   r"or more, with a median of ([\d.]+)\. The gap is ([\d.]+) to ([\d.]+) of the "
+                   r"policy gradient's norm, with a median of ([\d.]+)\.") == [
+        len(log), round(min(cosine), 3), round(statistics.median(cosine), 4),
+        round(min(gap), 4), round(max(gap), 2), round(statistics.median(gap), 3)]
+    assert numbers(r"Its closed form is off by less than ([\d.]+e-6) of") == [
+        pytest.approx(max(error), abs=1e-7)]
+    natural = run("natural_pg_damped", "10M", "eval")[-1]
+    naive = run("a2c_naive", "40M", "eval")
+    near = min(range(10), key=lambda i: abs(naive[i]["wall_time"] - natural["wall_time"]))
+    assert numbers(r"It scored ([\d.]+) after (\d+)M of them, which took ([\d.]+) hours\.") == [
+        round(natural["score_mean"], 1), round(natural["step"] * 4e-6),
+        round(natural["wall_time"] / 3600, 1)]
+    assert numbers(r"`a2c_naive.py` scored (-[\d.]+) after 8M frames and (-?[\d.]+) after ([\d.]+) "
+                   r"hours, at (\d+)M; `a2c_proper.py` (-[\d.]+) and (-?[\d.]+)\.") == [
+        round(naive[1]["score_mean"], 1), round(naive[near]["score_mean"], 1),
+        round(naive[near]["wall_time"] / 3600, 1), naive[near]["step"] * 4e-6,
+        round(proper[1]["score_mean"], 1), round(proper[near]["score_mean"], 1)]
+    for row in (naive[1], naive[near], proper[1], proper[near]):
+        assert natural["score_mean"] > row["score_mean"]
+    steps = [row for row in run("natural_pg_damped", "10M", "metrics")
+             if isinstance(row["cosine_fisher"], float)]
+    fisher, plain = ([row[of] for row in steps] for of in ("cosine_fisher", "cosine"))
+    assert numbers(r"On (\d+) measured batches the cosine of the regression's step and the natural "
+                   r"gradient is between ([\d.]+) and ([\d.]+) in the metric of F_all, with a "
+                   r"median of ([\d.]+), and between ([\d.]+) and ([\d.]+) in parameters\.") == [
+        len(steps), *(round(x, 2) for x in (min(fisher), max(fisher), statistics.median(fisher),
+                                            min(plain), max(plain)))]
+
 def test_the_committed_agent_wins_at_pong(capsys):
     """It has no state of an optimizer; --evaluate does without. The run's worst game was 10."""
     agent = ROOT / "results" / "agents" / "a2c_naive"
