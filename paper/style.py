@@ -87,7 +87,7 @@ def names(ax, width):
     ends = [line.get_transform().transform(line.get_xydata()[-1]) for line in lines]
     x, y = ax.transAxes.inverted().transform(ends).T
     late = x > 0.8
-    at = np.where(late, y, y + 0.08)
+    at = np.where(late, y, y + np.where(y > 0.8, -0.08, 0.08))
     height = [1.25 * SIZE / 72 * ax.figure.dpi / ax.bbox.height * (1 + text.count("\n"))
               for text in texts]
     orders = [[i for i in np.argsort(at, kind="stable") if late[i] == group] for group in (0, 1)]
