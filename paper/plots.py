@@ -59,28 +59,32 @@ def runs(figure, results, extra=()):
     return {key: sorted(of) for key, of in found.items()}
 
 def evaluations(folder):
-    """Frames and mean scores of a run's evaluations; two arrays."""
+    """Frames, hours of training and mean scores of a run's evaluations; three arrays."""
     with open(folder / "eval.csv", newline="") as f:
-        rows = [(4 * int(row["step"]), float(row["score_mean"])) for row in csv.DictReader(f)]
-    return np.array(rows).reshape(-1, 2).T
+        rows = [(4 * int(row["step"]), float(row["wall_time"]) / 3600, float(row["score_mean"]))
+                for row in csv.DictReader(f)]
+    return np.array(rows).reshape(-1, 3).T
 
 def curves(figure, results, extra=()):
     """The curves of a figure, as rows of its CSV: mean and deviation over the seeds.
 
-    At each point the mean is over the seeds that have come that far, of which it gives the number.
-    Between evaluations scores are interpolated.
+    At each point the means are over the seeds that have come that far, of which it gives the
+    number. Between evaluations scores and hours are interpolated.
     """
     for (game, arm, horizon), of in runs(figure, results, extra).items():
         seeds = [found for _, folder in of if (found := evaluations(folder)).size]
         if not seeds:
             continue
-        last = max(frames[-1] for frames, _ in seeds)
-        first = min(frames[0] for frames, _ in seeds)
+        last = max(frames[-1] for frames, *_ in seeds)
+        first = min(frames[0] for frames, *_ in seeds)
         for x in np.linspace(first, last, POINTS if last > first else 1):
-            y = [np.interp(x, *of) for of in seeds if of[0][0] <= x <= of[0][-1]]
+            there = [of for of in seeds if of[0][0] <= x <= of[0][-1]]
+            hours = [np.interp(x, frames, hours) for frames, hours, _ in there]
+            y = [np.interp(x, frames, score) for frames, _, score in there]
             if y:
                 yield dict(game=game, arm=arm, horizon=horizon, frames=round(x), seeds=len(y),
-                           mean=f"{np.mean(y):.6g}", std=f"{np.std(y):.6g}")
+                           hours=f"{np.mean(hours):.6g}", mean=f"{np.mean(y):.6g}",
+                           std=f"{np.std(y):.6g}")
 
 def interval(scores):
     """The 95% bootstrap interval of a mean over seeds, None for a single one."""
@@ -94,12 +98,12 @@ def final_scores(figure, results, extra=()):
     grid = GRIDS["figures"][figure]
     for (game, arm, horizon), of in sorted(runs(figure, results, extra).items()):
         seeds = [found for _, folder in of if (found := evaluations(folder)).size]
-        scores = [float(score[-1]) for _, score in seeds]
+        scores = [float(score[-1]) for *_, score in seeds]
         if not scores:
             continue
         low, high = interval(scores) or (math.nan, math.nan)
         row = dict(game=game, arm=arm, horizon=horizon, seeds=len(scores),
-                   of_seeds=grid["seeds"], frames=round(min(frames[-1] for frames, _ in seeds)),
+                   of_seeds=grid["seeds"], frames=round(min(frames[-1] for frames, *_ in seeds)),
                    of_frames=grid["frames"], mean=np.mean(scores),
                    std=np.std(scores, ddof=1) if len(scores) > 1 else math.nan, low=low, high=high)
         yield {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
@@ -137,41 +141,46 @@ def complete(rows):
     return sum(int(row["seeds"]) for row in rows if int(row["frames"]) >= int(row["of_frames"])
                and row["horizon"] == exact(int(row["of_frames"])))
 
-def panel(ax, figure, game, rows):
-    """The curves of a game, between the scores of a random policy and a published one."""
+def panel(ax, figure, game, rows, over="frames"):
+    """The curves of a game, between the scores of a random policy and a published one.
+
+    over is what they are drawn over, "frames" or "hours".
+    """
     grid, lines = GRIDS["figures"][figure], {}
     random, published = GRIDS["random"], GRIDS["published"][grid["published"]][0]
     for row in rows:
         if row["game"] == game:
             lines.setdefault((row["arm"], row["horizon"]), []).append(
-                [float(row[k]) for k in ("frames", "mean", "std")])
+                [float(row[k]) for k in (over, "mean", "std")])
     for (arm, horizon), line in lines.items():
         x, mean, std = np.array(line).T
+        x /= 1e6 if over == "frames" else 1
         name = "damped Q" if arm == "natural" else arm
         if horizon != exact(grid["frames"]):
             name += f", decays over {horizon}"
-        style.band(ax, list(grid["arms"]).index(arm), name, x / 1e6, mean, mean - std, mean + std)
+        style.band(ax, list(grid["arms"]).index(arm), name, x, mean, mean - std, mean + std)
     # with both in sight, noise does not fill the panel
     for of, name, dashes in ((random, "random policy", ":"),
                              (published, f"{grid['published']} after 40M frames", "--")):
         if game in of["scores"]:
             source = re.split(r",| \(", of["source"])[0]
             style.level(ax, of["scores"][game], f"{name}\n({source})", dashes)
-    ax.set(xlabel="million frames", xlim=0)
+    ax.set(xlabel="million frames" if over == "frames" else "hours of training", xlim=0)
 
 def picture(figure, rows, gradients):
     """The figure from the rows of its CSV: one panel a game, as in the paper.
 
-    gradients are the arms of pgql_equiv.py with their logs; with a single game two more panels show
-    how far apart the gradients of both rules are.
+    gradients are the arms of pgql_equiv.py with their logs. With a single game two more panels show
+    how far apart the gradients of both rules are or, where the grid asks for it, one more the
+    scores over hours.
     """
     grid = GRIDS["figures"][figure]
     games = [game for game in grid["games"] if any(row["game"] == game for row in rows)]
-    more = 2 if gradients and len(games) == 1 else 0
+    more = 0 if len(games) > 1 else 2 if gradients else 1 if grid.get("hours") else 0
     across = min(3, len(games))
     down = math.ceil(len(games) / across) + more
     height = 2.4 * down + 1.5 if across > 1 or more else 4
-    drawn, axes = style.panels(down, across, height, sharex=more > 0)
+    drawn, axes = style.panels(down, across, height, sharex=more == 2)
     for ax, game in zip(axes.flat, games):
         panel(ax, figure, game, rows)
         ax.set_title(f"{game}: {grid['title']}" if across == 1 else game)
@@ -179,14 +188,16 @@ def picture(figure, rows, gradients):
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("score")
-    if more:
+    if more == 1:
+        panel(axes[1, 0], figure, games[0], rows, over="hours")
+    if more == 2:
         axes[0, 0].set_xlabel("")
         style.gradients(axes[1, 0], axes[2, 0], gradients)
         axes[2, 0].set_xlabel("million frames")
     seeds = max(int(row["seeds"]) for row in rows)
     style.note(drawn, "Evaluations over full games, " + (
         f"mean and standard deviation over {seeds} seeds." if seeds > 1 else "one seed.")
-        + " Gradients: each batch that was compared." * (more > 0))
+        + " Gradients: each batch that was compared." * (more == 2))
     if across > 1:  # else the lines are named beside the panel
         named = {label.replace("\n", " "): handle for ax in axes.flat for handle, label in zip(
             *ax.get_legend_handles_labels())}

@@ -41,7 +41,7 @@ def called(monkeypatch, tmp_path, figure, *flags, extra=TINY):
 # the grids
 
 def test_the_grids_are_the_papers_and_a_cell_is_a_line_of_the_dry_run(tmp_path, capsys):
-    counts = {"1": 2 * 6 * 3, "2": 6 * 6 * 2, "3": 2 * 6 * 3, "4": 2 * 6 * 3, "5": 5}
+    counts = {"1": 2 * 6 * 3, "2": 6 * 6 * 2, "3": 2 * 6 * 3, "4": 3 * 6 * 3, "5": 5}
     frames = {"1": 320, "2": 40, "3": 320, "4": 40, "5": 2.4}  # millions
     for figure, count in counts.items():
         cells = figures.cells(args(figure))
@@ -324,8 +324,8 @@ def test_curves_are_means_over_the_seeds_that_came_that_far(tmp_path):
     for seed, scores in ((1, [0, 10, 20]), (2, [4, 14])):
         folder = tmp_path / f"a2c_naive_tau_0.01/Pong/320M/seed{seed}"
         folder.mkdir(parents=True)
-        lines = [f"{100 * (i + 1)},{x}" for i, x in enumerate(scores)]
-        (folder / "eval.csv").write_text("\n".join(["step,score_mean", *lines]))
+        lines = [f"{100 * (i + 1)},{3600 * seed * (i + 1)},{x}" for i, x in enumerate(scores)]
+        (folder / "eval.csv").write_text("\n".join(["step,wall_time,score_mean", *lines]))
     curve = list(plots.curves("1", tmp_path))
     assert (curve[0]["frames"], curve[-1]["frames"]) == (400, 1200)
     for row in curve:
@@ -334,6 +334,8 @@ def test_curves_are_means_over_the_seeds_that_came_that_far(tmp_path):
         assert row["seeds"] == 1 + both
         assert float(row["mean"]) == pytest.approx(line + 2 * both, abs=0.02)
         assert float(row["std"]) == (2 if both else 0)
+        # an hour for each evaluation of seed 1, two for those of seed 2
+        assert float(row["hours"]) == pytest.approx((1 + both / 2) * (1 + line / 10), abs=2e-3)
     score, = plots.final_scores("1", tmp_path)
     assert (score["mean"], score["seeds"], score["frames"]) == ("17", 2, 800)
     assert float(score["std"]) == pytest.approx(np.std([20, 14], ddof=1), rel=1e-5)
