@@ -239,9 +239,10 @@ def test_scores_and_hours_on_pong_are_the_committed_ones():
                    ) == others == numbers(
         r"random policy (-[\d.]+), published A2C ([\d.]+) and ([\d.]+)\. So")
     naive, proper, ql, natural = found.values()
-    assert numbers(r"`a2c_naive.py` scores ([\d.]+), `pgql_equiv.py` ([\d.]+) and `a2c_proper.py` "
-                   r"([\d.]+); published A2C scores 17 to 20\. `natural_pg_damped.py` scores "
-                   r"([\d.]+) after 10 million frames\.") == [naive, ql, proper, natural]
+    assert numbers(r"`a2c_naive.py` scores ([\d.]+), `pgql_equiv.py --update ql` ([\d.]+) and "
+                   r"`a2c_proper.py` ([\d.]+); published A2C scores 17 to 20\. "
+                   r"`natural_pg_damped.py` scores ([\d.]+) after 10 million frames\.") == [
+        naive, ql, proper, natural]
     assert numbers(r"`a2c_naive.py` scores ([\d.]+) at the end, `a2c_proper.py` ([\d.]+),") == [
         naive, proper]
     assert numbers(r"--update ql`\) scores ([\d.]+) and the policy gradient ([\d.]+)\.") == [
