@@ -112,9 +112,13 @@ def score_table(figure, rows):
     """The lines of scores<k>.md."""
     grid = GRIDS["figures"][figure]
     sources = GRIDS["published"][grid["published"]]
+    own, frames = [row for row in rows if row["horizon"] == exact(grid["frames"])], grid["frames"]
+    begun, others = (sum(int(row["seeds"]) for row in of) for of in (
+        own, [row for row in rows if row not in own]))
+    complete = sum(int(row["seeds"]) for row in own if int(row["frames"]) >= frames)
     yield (f"Of the {len(grid['arms']) * len(grid['games']) * grid['seeds']} runs of "
-           f"{exact(grid['frames'])} frames: begun {sum(int(row['seeds']) for row in rows)}, "
-           f"complete {complete(rows)}.")
+           f"{exact(frames)} frames: begun {begun}, complete {complete}."
+           + f" On other schedules: {others}." * (others > 0))
     yield ""
     yield ("| game | arm | seeds | frames (decays over) | final score | deviation over seeds "
            "| 95% interval | " + " | ".join(f"[{i}]" for i in range(1, len(sources) + 1)) + " |")
@@ -135,11 +139,6 @@ def score_table(figure, rows):
            "otherwise; the interval is a bootstrap over seeds. Published, at 40M frames:")
     for i, source in enumerate(sources, 1):
         yield f"[{i}] {source['source']}" + (";" if i < len(sources) else ".")
-
-def complete(rows):
-    """How many runs have come to the end of the figure, on its own horizon."""
-    return sum(int(row["seeds"]) for row in rows if int(row["frames"]) >= int(row["of_frames"])
-               and row["horizon"] == exact(int(row["of_frames"])))
 
 def panel(ax, figure, game, rows, over="frames"):
     """The curves of a game, between the scores of a random policy and a published one.

@@ -342,6 +342,10 @@ def test_curves_are_means_over_the_seeds_that_came_that_far(tmp_path):
     assert (score["low"], score["high"]) == ("14", "20")
     text = "\n".join(plots.score_table("1", [score]))
     assert "Of the 36 runs of 320M frames: begun 2, complete 0." in text
+    short = dict(score, horizon="40M", seeds=1)
+    done = dict(score, frames=320_000_000, seeds=3)
+    assert next(plots.score_table("1", [score, short, done])) == (
+        "Of the 36 runs of 320M frames: begun 5, complete 3. On other schedules: 1.")
     assert "| Pong | A2C | 2 of 3 | 800 (320M) | 17.0 | 4.2 | 14.0 to 20.0 | 19.7 | 17.3 |" in text
 
 def test_bootstrap_interval_is_that_of_the_mean():
