@@ -122,7 +122,7 @@ folder.mkdir(parents=True, exist_ok=args.resume != "0")
 with open(folder.parent / "pids", "a") as f:
     f.write(f"{os.getpid()}\\n")
 at = int((folder / "learner.pt").read_text()) if args.resume != "0" else 0
-(folder / "eval.csv").write_text("step,score_mean\\n")
+(folder / "eval.csv").write_text("step,wall_time,score_mean\\n")
 rows = [f"{k},500\\n" for k in range(100, at + 1, 100)]  # those after the checkpoint go
 (folder / "metrics.csv").write_text("".join(["step,sps\\n", *rows]))
 def save():
@@ -138,7 +138,7 @@ while at < total and not stop:
 for _ in range(100):
     time.sleep(0 if stop else float(args.eval_seconds) / 100)
 if not stop:
-    (folder / "eval.csv").write_text(f"step,score_mean\\n{at},7.5\\n")
+    (folder / "eval.csv").write_text(f"step,wall_time,score_mean\\n{at},60,7.5\\n")
 save()
 sys.exit(stop[0] if stop else 0)
 """
