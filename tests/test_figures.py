@@ -348,6 +348,13 @@ def test_curves_are_means_over_the_seeds_that_came_that_far(tmp_path):
         "Of the 36 runs of 320M frames: begun 5, complete 3. On other schedules: 1.")
     assert "| Pong | A2C | 2 of 3 | 800 (320M) | 17.0 | 4.2 | 14.0 to 20.0 | 19.7 | 17.3 |" in text
 
+def test_figure_4_has_a_panel_over_hours():
+    rows = [dict(game="Pong", arm="natural", horizon="10M", seeds=1, frames=frames, hours=hours,
+                 mean=score, std=0) for frames, hours, score in ((1e6, 3, -20), (1e7, 8, 15))]
+    over = plots.picture("4", rows, {}).axes
+    assert [ax.get_xlabel() for ax in over] == ["million frames", "hours of training"]
+    assert [list(ax.get_lines()[0].get_xdata()) for ax in over] == [[1, 10], [3, 8]]
+
 def test_bootstrap_interval_is_that_of_the_mean():
     scores = np.random.default_rng(1).normal(5, 2, 400)
     low, high = plots.interval(list(scores))
