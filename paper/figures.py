@@ -99,11 +99,12 @@ def cells(args, extra=()):
     arms = pick("--arms", args.arms, grid["arms"])
     for seed, game, arm in product(range(1, 1 + (args.seeds or grid["seeds"])), games, arms):
         script, *flags = *grid["arms"][arm], *extra
-        place = Path(arm_folder((script, *flags)), game, exact(horizon), f"seed{seed}")
+        arm_place = arm_folder(args.figure, (script, *flags))
+        place = Path(arm_place, game, exact(horizon), f"seed{seed}")
         below = os.path.relpath(Path(args.runs_dir, place), ROOT)
         flags = ("--env-id", f"ALE/{game}-v5", "--seed", str(seed), "--total-timesteps",
                  str(frames // 4), "--schedule-timesteps", str(horizon // 4), "--eval-every",
-                 str(every), "--runs-dir", below, *flags)
+                 str(every), "--runs-dir", below, *grid["flags"], *flags)
         found.append(Cell(arm, game, frames // 4, place, ROOT / below, script, flags))
     if args.cell > len(found):
         raise ValueError(f"--cell {args.cell}: there are {len(found)}")

@@ -21,10 +21,8 @@ import style  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GRIDS = json.loads(Path(__file__).with_name("grids.json").read_text())
-for grid in GRIDS["figures"].values():  # what all arms of a figure share
-    grid["games"] = grid.get("games", GRIDS["games"])
-    for command in grid["arms"].values():
-        command += grid.get("flags", [])
+for grid in GRIDS["figures"].values():  # "flags": of every arm of a figure, on top of the arm's
+    grid.update(games=grid.get("games", GRIDS["games"]), flags=grid.get("flags", []))
 RESULTS = ROOT / "results" / "paper"
 POINTS = 201  # of a drawn curve
 RESAMPLES = 10_000  # of the bootstrap
@@ -43,16 +41,21 @@ def exact(frames):
             return f"{frames // size}{unit}"
     return str(frames)
 
-def arm_folder(command):
-    """The folder of an arm, from its script and flags: arms of two figures may be the same."""
+def arm_folder(figure, command):
+    """The folder of an arm, from its script and flags: arms of two figures may be the same.
+
+    The figure stands for the flags that all its arms share, where it has some.
+    """
     script, *flags = command
-    return "_".join([Path(script).stem, *(flag.removeprefix("--") for flag in flags)])
+    shared = [f"figure{figure}"] * bool(GRIDS["figures"][figure]["flags"])
+    return "_".join([*shared, Path(script).stem, *(flag.removeprefix("--") for flag in flags)])
 
 def runs(figure, results, extra=()):
     """The collected runs of a figure by (game, arm, name of the horizon): [(seed, folder), ...]."""
     found, grid = {}, GRIDS["figures"][figure]
     for arm, command in grid["arms"].items():
-        for folder in sorted(Path(results).glob(f"{arm_folder((*command, *extra))}/*/*/seed*")):
+        arm_runs = f"{arm_folder(figure, (*command, *extra))}/*/*/seed*"
+        for folder in sorted(Path(results).glob(arm_runs)):
             game, horizon = folder.parts[-3:-1]
             if (folder / "eval.csv").exists() and game in grid["games"]:
                 found.setdefault((game, arm, horizon), []).append((int(folder.name[4:]), folder))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ def test_the_grids_are_the_papers_and_a_cell_is_a_line_of_the_dry_run(tmp_path, 
         cells = figures.cells(args(figure))
         assert len(cells) == count == len({cell.place for cell in cells})
         assert {4 * cell.steps for cell in cells} == {1e6 * frames[figure]}
+        assert max(len(str(cell.place)) for cell in cells) < 90, "Windows allows 260 in a path"
     first = figures.cells(args("1"))[0]
     flags = dict(zip(first.flags[::2], first.flags[1::2]))
     assert first.steps == 80_000_000 and flags["--total-timesteps"] == "80000000"
@@ -61,11 +63,13 @@ def test_the_grids_are_the_papers_and_a_cell_is_a_line_of_the_dry_run(tmp_path, 
 def test_every_flag_of_the_grids_is_one_of_its_script():
     import tyro
     for figure in figures.GRIDS["figures"]:
-        for script, *flags in figures.GRIDS["figures"][figure]["arms"].values():
-            Args = importlib.import_module(script[:-3]).Args
-            read = vars(tyro.cli(Args, args=[*flags, "--device", "cpu"]))
-            for flag, value in zip(flags[::2], flags[1::2]):
-                assert str(read[flag[2:].replace("-", "_")]) == value
+        for cell in figures.cells(args(figure)):
+            Args = importlib.import_module(cell.script[:-3]).Args
+            read = vars(tyro.cli(Args, args=[*cell.flags, "--device", "cpu"]))
+            for flag, value in pairwise((*cell.flags, "--")):
+                if flag.startswith("--"):
+                    expected = "True" if value.startswith("--") else value
+                    assert str(read[flag[2:].replace("-", "_")]) == expected
 
 def test_part_of_a_grid_keeps_the_horizon():
     cells = figures.cells(args("1", games=("pong", "QBERT"), seeds=1, frames="10M", arms=("A2C",)))
@@ -81,6 +85,9 @@ def test_part_of_a_grid_keeps_the_horizon():
     also, = figures.cells(args("4", games=("pong",), seeds=1, arms=("EntRL",)))
     assert short.place == also.place, "the same run serves two figures"
     assert short.place != figures.cells(args("1", games=("pong",), arms=("EntRL",)))[0].place
+    same = dict(games=("pong",), seeds=1, arms=("standard",), horizon="2.4M", frames="2.4M")
+    one, other = (figures.cells(args(figure, **same))[0] for figure in "25")
+    assert one.place != other.place, "the flags of all arms of Figure 5 tell them apart"
 
 @pytest.mark.parametrize("flags, text", [
     (dict(games=("Pacman",)), "--games Pacman: the figure has BeamRider"),
