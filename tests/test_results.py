@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def column(path, name):
 
 def numbers(pattern):
     """The numbers that the pages have in the places of a pattern's groups."""
-    return [float(x) for x in re.search(pattern, PAGES).groups()]
+    return [float(x.replace(",", "")) for x in re.search(pattern, PAGES).groups()]
 
 def loaded(name):
     """A file of benchmarks/ as a module."""
@@ -330,6 +331,41 @@ def test_section_5_on_pong_is_as_fast_as_the_results_page_says():
     assert numbers(r"found on (\d+) batches, with damping 0.1 and ten iterations") == [len(steps)]
     assert numbers(r"step is ([\d.]+) times as long in the median\. The fit leaves (\d+)% of") == [
         round(statistics.median(length), 1), round(100 * statistics.median(residual))]
+
+def test_the_two_backups_on_pong_learn_as_the_results_page_says():
+    """The table has every evaluation; soft learns later; its values are those of the entropy."""
+    arms = "figure5_soft_dqn_backup_hard", "figure5_soft_dqn_backup_soft-entropy_tau_0.1"
+    hard, soft = ([table(PONG / arm / "Pong" / "2400k" / "seed1" / f"{name}.csv")
+                   for name in ("eval", "metrics")] for arm in arms)
+    section = text("results/README.md").split("### Figure 2")[1].split("###")[0]
+    rows = re.findall(r"\| ([\d,]+) \| (-?[\d.]+) \| (-?[\d.]+) \|", section)
+    assert [[float(x.replace(",", "")) for x in row] for row in rows] == [
+        [a["step"], round(a["score_mean"], 1), round(b["score_mean"], 1)]
+        for a, b in zip(hard[0], soft[0], strict=True)]
+    ends = [of[0][-1] for of in (hard, soft)]
+    steps, hours = numbers(r"The first ([\d,]+) steps have been made, [^.]*, in ([\d.]+) hours")
+    for end in ends:
+        assert [steps, hours] == [end["step"], round(end["wall_time"] / 3600, 1)]
+        assert 4 * steps == 1e6, "the README's million frames"
+    assert numbers(r"first million frames `--backup hard` scores (-?[\d.]+), `--backup "
+                   r"soft-entropy` (-?[\d.]+) \(") == [round(end["score_mean"], 1) for end in ends]
+    assert numbers(r"last evaluation end between (-\d+) and (\d+)\. [^.]* games end between (-\d+)"
+                   r" and (-\d+)\.") == [
+        end[f"score_{of}"] for end in ends for of in ("min", "max")]
+    args = [json.loads((PONG / arm / "Pong" / "2400k" / "seed1" / "args.json").read_text())["args"]
+            for arm in arms]
+    tau, gamma, copies = args[1]["tau"], args[1]["gamma"], args[1]["target_network_frequency"]
+    constant, closed, made, left, *now = numbers(
+        r"tau ln 6 / \(1 - gamma\) = ([\d.]+) to .* close about (\d)% of [^.]*, so (\d+) copies "
+        r"leave (\d)% of it\. .* soft maximum is ([\d.]+) on average, and it is still rising\. "
+        r"The hard maximum is ([\d.]+)\.")
+    assert [constant, closed] == [round(tau * np.log(6) / (1 - gamma), 1), round(100 - 100 * gamma)]
+    updates = [of[1][-1]["updates"] for of in (hard, soft)]
+    assert updates == [steps - args[0]["learning_starts"]] * 2
+    assert [made, left] == [updates[1] / copies, round(100 * gamma ** made)]
+    assert now == [round(soft[1][-1]["V_Q"], 1), round(hard[1][-1]["max_Q"], 1)]
+    assert all(a["V_Q"] < b["V_Q"] for a, b in pairwise(soft[1][1:]))
+    assert {k for k in args[0] if args[0][k] != args[1][k]} == {"backup", "runs_dir"}
 
 def test_the_committed_agent_wins_at_pong(capsys):
     """It has no state of an optimizer; --evaluate does without. The run's worst game was 10."""
