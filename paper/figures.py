@@ -7,7 +7,8 @@
     python paper/figures.py 2 --engine ray --address auto                # on a Ray cluster
     python paper/figures.py 1 --frames 1M -- --num-envs 8                # flags for every script
 
-Figure 4 is section 5 beside A2C. Figure 5 is Figure 2 on Pong, on a schedule that a CPU can finish.
+Figure 4 is section 5 beside A2C. Figures 5 and 6 are Figure 2 on Pong, on schedules that a CPU can
+finish.
 A cell of a grid (grids.json) is an arm, a game and a seed: one run of a script. What has finished,
 with its last evaluation, is not run again, what was cut off resumes, and what fails is reported and
 does not stop the rest. With fewer --frames the decays keep the figure's horizon, and a later call
@@ -45,7 +46,7 @@ RETRIES = 20  # of a run whose worker, node or process was lost, with Ray
 
 @dataclasses.dataclass
 class Args:
-    figure: tyro.conf.Positional[Literal[tuple(GRIDS["figures"])]]  # of the paper; 4, 5: below
+    figure: tyro.conf.Positional[Literal[tuple(GRIDS["figures"])]]  # of the paper; 4 to 6: below
     games: tuple[str, ...] = ()  # games by name, any case; none: all of the figure
     arms: tuple[str, ...] = ()  # arms by name; none: all of the figure
     seeds: int = 0  # runs of each arm and game, seeds 1 to this; 0: as in the figure
