@@ -332,51 +332,85 @@ def test_section_5_on_pong_is_as_fast_as_the_results_page_says():
     assert numbers(r"step is ([\d.]+) times as long in the median\. The fit leaves (\d+)% of") == [
         round(statistics.median(length), 1), round(100 * statistics.median(residual))]
 
-def test_the_two_backups_on_pong_learn_as_the_results_page_says():
-    """The table has every evaluation; soft learns later; its values are those of the entropy."""
-    arms = "figure5_soft_dqn_backup_hard", "figure5_soft_dqn_backup_soft-entropy_tau_0.1"
-    hard, soft = ([table(PONG / arm / "Pong" / "2400k" / "seed1" / f"{name}.csv")
-                   for name in ("eval", "metrics")] for arm in arms)
+def dqn(figure, arm):
+    """Evaluations, metrics and flags of a DQN on Pong."""
+    run, = (PONG / f"figure{figure}_soft_dqn_backup_{arm}" / "Pong").glob("*/seed1")
+    tables = (table(run / f"{name}.csv") for name in ("eval", "metrics"))
+    return *tables, json.loads((run / "args.json").read_text())["args"]
+
+def test_the_three_backups_on_pong_learn_as_the_results_page_says():
+    """The table has every evaluation; the values of soft-entropy are those of the entropy."""
+    evals, logs, args = zip(*(dqn(5, arm) for arm in (
+        "hard", "soft-kl_tau_0.1", "soft-entropy_tau_0.1")))
     section = text("results/README.md").split("### Figure 2")[1].split("###")[0]
-    rows = re.findall(r"\| ([\d,]+) \| (-?[\d.]+) \| (-?[\d.]+) \|", section)
+    rows = re.findall(r"\| ([\d,]+) \| (-?[\d.]+) \| (-?[\d.]+) \| (-?[\d.]+) \|", section)
     assert [[float(x.replace(",", "")) for x in row] for row in rows] == [
-        [a["step"], round(a["score_mean"], 1), round(b["score_mean"], 1)]
-        for a, b in zip(hard[0], soft[0], strict=True)]
-    ends = [of[0][-1] for of in (hard, soft)]
+        [row[0]["step"], *(round(of["score_mean"], 1) for of in row)]
+        for row in zip(*evals, strict=True)]
+    ends = [of[-1] for of in evals]
     steps, hours = numbers(r"The first ([\d,]+) steps have been made, [^.]*, in ([\d.]+) hours")
-    for end in ends:
-        assert [steps, hours] == [end["step"], round(end["wall_time"] / 3600, 1)]
-        assert 4 * steps == 1e6, "the README's million frames"
-    assert numbers(r"first million frames `--backup hard` scores (-?[\d.]+), `--backup "
-                   r"soft-entropy` (-?[\d.]+) \(") == [round(end["score_mean"], 1) for end in ends]
-    assert numbers(r"last evaluation end between (-\d+) and (\d+)\. [^.]* games end between (-\d+)"
-                   r" and (-\d+)\.") == [
+    assert {(end["step"], round(end["wall_time"] / 3600, 1)) for end in ends} == {(steps, hours)}
+    assert 4 * steps == 1e6, "the README's million frames"
+    assert numbers(r"first million frames `--backup hard` scores (-?[\d.]+), `--backup soft-kl` "
+                   r"(-?[\d.]+) and `--backup soft-entropy` (-?[\d.]+) \(") == [
+        round(end["score_mean"], 1) for end in ends]
+    assert numbers(r"games of hard's last evaluation end between (-?\d+) and (-?\d+), those of "
+                   r"soft-kl between (-?\d+) and (-?\d+), those of soft-entropy between (-?\d+) "
+                   r"and (-?\d+)\.") == [
         end[f"score_{of}"] for end in ends for of in ("min", "max")]
-    args = [json.loads((PONG / arm / "Pong" / "2400k" / "seed1" / "args.json").read_text())["args"]
-            for arm in arms]
-    tau, gamma, copies = args[1]["tau"], args[1]["gamma"], args[1]["target_network_frequency"]
+    tau, gamma, copies = (args[2][x] for x in ("tau", "gamma", "target_network_frequency"))
     constant, closed, made, left, *now = numbers(
         r"tau ln 6 / \(1 - gamma\) = ([\d.]+) to .* close about (\d)% of [^.]*, so (\d+) copies "
         r"leave (\d)% of it\. .* soft maximum is ([\d.]+) on average, and it is still rising\. "
-        r"The hard maximum is ([\d.]+)\.")
+        r"The hard maximum is (-?[\d.]+), the soft maximum of soft-kl (-?[\d.]+)\.")
     assert [constant, closed] == [round(tau * np.log(6) / (1 - gamma), 1), round(100 - 100 * gamma)]
-    updates = [of[1][-1]["updates"] for of in (hard, soft)]
-    assert updates == [steps - args[0]["learning_starts"]] * 2
-    assert [made, left] == [updates[1] / copies, round(100 * gamma ** made)]
-    assert now == [round(soft[1][-1]["V_Q"], 1), round(hard[1][-1]["max_Q"], 1)]
-    assert all(a["V_Q"] < b["V_Q"] for a, b in pairwise(soft[1][1:]))
-    assert {k for k in args[0] if args[0][k] != args[1][k]} == {"backup", "runs_dir"}
+    assert [of[-1]["updates"] for of in logs] == [steps - args[0]["learning_starts"]] * 3
+    assert [made, left] == [logs[2][-1]["updates"] / copies, round(100 * gamma ** made)]
+    assert now == [round(logs[i][-1][x], 1) for i, x in ((2, "V_Q"), (0, "max_Q"), (1, "V_Q"))]
+    assert all(a["V_Q"] < b["V_Q"] for a, b in pairwise(logs[2][1:]))
+    for other in args[1:]:
+        assert {k for k in args[0] if args[0][k] != other[k]} == {"backup", "runs_dir"}
 
-def test_the_committed_agent_wins_at_pong(capsys):
-    """It has no state of an optimizer; --evaluate does without. The run's worst game was 10."""
-    agent = ROOT / "results" / "agents" / "a2c_naive"
-    script = importlib.import_module("a2c_naive")
+def test_the_dqn_for_a_cpu_scores_as_the_pages_say():
+    """One run to its end, by the README's command."""
+    evals, logs, trained = dqn(6, "hard")
+    end = evals[-1]
+    assert trained["total_timesteps"] == end["step"] == logs[-1]["step"] and end["games"] == 20
+    score, hours = round(end["score_mean"], 1), round(end["wall_time"] / 3600, 1)
+    assert numbers(r"\| `soft_dqn.py --backup hard` \| ([\d.]+) million \| (-?[\d.]+) \| ([\d.]+) "
+                   r"\| the command below") == [end["step"] / 1e6, score, hours]
+    assert numbers(r"`soft_dqn.py --backup hard` scores (-?[\d.]+) after one million") == [score]
+    assert numbers(r"2e-4 scores (-?[\d.]+) after ([\d,]+) steps, [^.]*\. That is a million "
+                   r"frames, and took ([\d.]+) hours") == [
+        score, end["step"], hours]
+    curve = re.search(r"one every ([\d,]+) steps, are (-[^a-z]*)\. The", PAGES)
+    assert [float(x) for x in curve[2].split(", ")] == [round(x["score_mean"], 1) for x in evals]
+    published = json.loads((ROOT / "paper" / "grids.json").read_text())["published"]["DQN"]
+    for words in ("and published DQN", "Published DQN scores"):
+        assert numbers(words + r" ([\d.]+) and ([\d.]+)") == [of["scores"]["Pong"]
+                                                             for of in published]
+    readme = (ROOT / "README.md").read_text()
+    flags, = re.findall(r"^python soft_dqn.py (--backup hard .*)$", readme, re.MULTILINE)
+    args = tyro.cli(importlib.import_module("soft_dqn").Args, args=flags.split())
+    assert vars(args) | {k: trained[k] for k in ("device", "runs_dir")} == trained
+    assert f"{trained['eval_every']:,}" == curve[1]
+    agent = torch.load(ROOT / "results" / "agents" / "soft_dqn" / "soft_dqn.pt", weights_only=True)
+    assert agent["args"] | dict(resume="") == trained
+    assert agent["counts"]["step"] == end["step"]
+    assert agent["counts"]["wall"] == pytest.approx(end["wall_time"])
+    assert np.mean(agent["counts"]["scores"]) == pytest.approx(logs[-1]["score"])
+
+@pytest.mark.parametrize("name, least", [("a2c_naive", 5), ("soft_dqn", 15)])
+def test_a_committed_agent_wins_at_pong(name, least, capsys):
+    """It has no state of an optimizer; --evaluate does without."""
+    agent = ROOT / "results" / "agents" / name
+    script = importlib.import_module(name)
     before = {path: path.stat().st_mtime for path in agent.iterdir()}
     script.train(script.Args(evaluate=str(agent), env_id="ALE/Pong-v5", eval_games=2, threads=1,
                              device="cpu"))
     score, games = re.search(r"score (\S+) \+- \S+ in (\d+) games",
                              capsys.readouterr().out).groups()
-    assert float(score) >= 5 and games == "2"
+    assert float(score) >= least and games == "2"
     assert {path: path.stat().st_mtime for path in agent.iterdir()} == before
 
 RUNS = sorted((ROOT / "results" / "paper").glob("*/*/*/seed*"))
