@@ -7,8 +7,7 @@
     python paper/figures.py 2 --engine ray --address auto                # on a Ray cluster
     python paper/figures.py 1 --frames 1M -- --num-envs 8                # flags for every script
 
-Figure 4 is section 5 beside A2C. Figures 5 and 6 are Figure 2 on Pong, on schedules that a CPU can
-finish.
+Figure 4 is section 5 beside A2C. Figures 5 and 6 are Figure 2 on Pong, on schedules for a CPU.
 A cell of a grid (grids.json) is an arm, a game and a seed: one run of a script. What has finished,
 with its last evaluation, is not run again, what was cut off resumes, and what fails is reported and
 does not stop the rest. With fewer --frames the decays keep the figure's horizon, and a later call
