@@ -433,7 +433,7 @@ def test_a_committed_agent_wins_at_pong(name, least, capsys):
     assert float(score) >= least and games == "2"
     assert {path: path.stat().st_mtime for path in agent.iterdir()} == before
 
-OLD = ("a2c_proper", "natural", "soft_dqn_hard")  # on Krull: runs of the earlier versions
+OLD = ("natural", "soft_dqn_hard")  # on Krull: runs of the earlier versions
 RUNS = [*sorted((ROOT / "results" / "paper").glob("*/*/*/seed*")),
         *(run for run in sorted(KRULL.glob("*/seed*")) if run.parent.name not in OLD)]
 
