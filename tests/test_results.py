@@ -60,11 +60,21 @@ def test_scores_of_the_learning_check_are_the_committed_ones():
         assert found[folder.name] == (last, round(statistics.median(seconds) / 60))
         assert len(runs) >= 2
         assert all((run / "args.json").exists() for run in runs)
+    check, base = loaded("learning_check"), json.loads((KRULL / "baselines.json").read_text())
+    bar = check.MARGIN * base["random"]
     below = [(*run.parts[-2:], round(score)) for run in sorted(KRULL.glob("*/seed*"))
-             if (score := column(run / "eval.csv", "score_mean")[-1]) <= 2477]
-    seed, score = numbers(r"All pass but `--backup hard`: its seed (\d) scores (\d+)")
+             if (score := column(run / "eval.csv", "score_mean")[-1]) <= bar]
+    asked, margin, seed, score = numbers(
+        r"every seed scores above (\d+), which is ([\d.]+) times a random policy. All pass but "
+        r"`--backup hard`: its seed (\d) scores (\d+)")
+    assert (asked, margin) == (round(bar), check.MARGIN) and base["best_constant"] < bar
     assert below == [("soft_dqn_hard", f"seed{seed:.0f}", score)]
-    assert text("README.md").count("seed scores above 2477") == 1
+    assert "the difference is smaller than the spread between three seeds" in PAGES
+    for pair in (("a2c_naive", "a2c_proper"), ("pgql_pg", "pgql_ql")):
+        scores = [found[arm][0] for arm in pair]
+        difference = abs(np.mean(scores[0]) - np.mean(scores[1]))
+        assert difference < min(max(x) - min(x) for x in scores)
+    assert f"ends below {margin} times a random policy" in PAGES
 
 @pytest.mark.parametrize("cpu, name", [("avx2", "AVX2"), ("avx512", "AVX-512")])
 def test_the_quick_start_ended_as_the_readme_says(cpu, name):
@@ -97,6 +107,18 @@ def test_evaluations_of_the_two_backups_vary_as_much_as_the_pages_say():
         of = [x for path in paths for x in column(path, "score_mean")]
         scores += [min(of), max(of)]
     assert quoted == list(map(round, scores))
+    runs = {arm: [(column(path, "score_mean")[-1], column(path, "score_std")[-1], path.parent)
+                  for path in sorted(KRULL.glob(f"soft_dqn_{arm}/seed*/eval.csv"))]
+            for arm in ("hard", "entropy")}
+    for arm, pattern in (("entropy", r"tau = 0.01, scores (\d+), (\d+) and (\d+) and passes"),
+                         ("hard", r"5e-4, scores (\d+), (\d+) and (\d+) and fails")):
+        assert numbers(pattern) == [round(score) for score, *_ in runs[arm]]
+    asked, below, mean, above = numbers(
+        r"asks for (\d+) on .* Seed 3 is ([\d.]+) standard errors of its 20 games below .* last "
+        r"100 games in training have a mean of (\d+). Seed 5 passes by ([\d.]+) standard errors")
+    errors = [(score - asked) / std * 20 ** 0.5 for score, std, _ in runs["hard"]]
+    assert [-below, above] == [round(errors[0], 1), round(errors[2], 1)]
+    assert mean == round(column(runs["hard"][0][2] / "metrics.csv", "score")[-1])
     seed, *rest = numbers(r"soft-entropy, seed (\d), has (\d+), (\d+), (\d+) and (\d+), while the "
                           r"means over the last 100 games in training are (\d+) to (\d+) from step "
                           r"20,000 on")
@@ -438,9 +460,9 @@ def test_a_committed_agent_wins_at_pong(name, least, capsys):
     assert float(score) >= least and games == "2"
     assert {path: path.stat().st_mtime for path in agent.iterdir()} == before
 
-OLD = ("natural",)  # on Krull: runs of the earlier version
 RUNS = [*sorted((ROOT / "results" / "paper").glob("*/*/*/seed*")),
-        *(run for run in sorted(KRULL.glob("*/seed*")) if run.parent.name not in OLD)]
+        *(run for run in sorted(KRULL.glob("*/seed*"))
+          if run.parent.name != "natural")]  # those are of the earlier version
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(run.parts[-4:]))
 def test_a_committed_run_was_resumed_and_has_every_row_once(run):
