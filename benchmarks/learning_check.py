@@ -35,8 +35,6 @@ PANELS = (("Entropy as a bonus or in the returns", "a2c_naive", "a2c_proper"),
           ("Hard and soft targets of DQN", "soft_dqn_hard", "soft_dqn_entropy"),
           ("Damped Q regression and A2C", "natural", "a2c_proper"))
 STEPS = "thousand agent steps (4 frames each)"
-# names of columns today, and what the logs of scripts up to commit 87654f8 have in their place
-OLD = dict(score=("last100_score_mean", "score_last100"), kl_natural=("kl_predicted",))
 
 @dataclasses.dataclass
 class Arm:
@@ -68,12 +66,10 @@ ARMS = {
 }
 
 def columns(path, *names):
-    """Columns of a CSV as lists of numbers, under their old names where it is old."""
+    """Columns of a CSV as lists of numbers."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
-    there = [next(x for x in (name, *OLD.get(name, ())) if not rows or x in rows[0])
-             for name in names]
-    return [[float(row[name]) for row in rows] for name in there]
+    return [[float(row[name]) for row in rows] for name in names]
 
 def finished(folder, steps):
     """Whether the run in a folder has evaluated at its last step."""

@@ -58,7 +58,7 @@ def test_scores_of_the_learning_check_are_the_committed_ones():
         last = [round(column(run / "eval.csv", "score_mean")[-1]) for run in runs]
         seconds = [column(run / "eval.csv", "wall_time")[-1] for run in runs]
         assert found[folder.name] == (last, round(statistics.median(seconds) / 60))
-        assert len(runs) >= 2
+        assert len(runs) == 3
         assert all((run / "args.json").exists() for run in runs)
     check, base = loaded("learning_check"), json.loads((KRULL / "baselines.json").read_text())
     bar = check.MARGIN * base["random"]
@@ -142,6 +142,7 @@ def test_steps_of_the_committed_runs_are_as_near_the_natural_gradient_as_the_pag
                      r"(\d+), (\d+) and (\d+);")
     assert quoted == [round(column(KRULL / arm / f"seed{seed}" / "eval.csv", "score_mean")[0])
                       for arm in ("natural", "a2c_proper") for seed in (1, 2, 3)]
+    assert sum(quoted[:3]) > sum(quoted[3:]), "faster on average"
 
 def test_what_was_tried_is_committed_with_its_scores():
     """Both tables of benchmarks/README.md."""
@@ -165,11 +166,8 @@ def test_what_was_tried_is_committed_with_its_scores():
             measured = [float(x) for x in str(row[measured]).split("; ")]
             assert [float(x) for x in quoted.split(", ")] == pytest.approx(measured, abs=0.06)
 
-def test_the_learning_check_reads_logs_of_old_and_new_scripts(tmp_path):
+def test_the_learning_check_knows_what_has_finished(tmp_path):
     check = loaded("learning_check")
-    for header in ("step,score", "step,score_last100", "step,last100_score_mean"):
-        (tmp_path / "log.csv").write_text(f"{header}\n100,3.5\n200,4\n")
-        assert check.columns(tmp_path / "log.csv", "step", "score") == [[100, 200], [3.5, 4]]
     for rows, done in (("", False), ("100,4\n", False), ("100,4\n200,5\n", True)):
         (tmp_path / "eval.csv").write_text("step,score_mean\n" + rows)
         assert check.finished(tmp_path, 200) == done
@@ -461,8 +459,7 @@ def test_a_committed_agent_wins_at_pong(name, least, capsys):
     assert {path: path.stat().st_mtime for path in agent.iterdir()} == before
 
 RUNS = [*sorted((ROOT / "results" / "paper").glob("*/*/*/seed*")),
-        *(run for run in sorted(KRULL.glob("*/seed*"))
-          if run.parent.name != "natural")]  # those are of the earlier version
+        *sorted(KRULL.glob("*/seed*"))]
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(run.parts[-4:]))
 def test_a_committed_run_was_resumed_and_has_every_row_once(run):
